@@ -1,0 +1,78 @@
+"""HTTP/2 connections that stay alive: PING keepalive for Python, and clients and transports built on it.
+
+The public names, and nothing else. They are loaded at first use, so that the pure parts (`h2keep.protocol`) can be
+imported without the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from h2keep.client import AsyncClient, Headers, Response
+    from h2keep.errors import (
+        ConnectError,
+        ConnectionGoingAway,
+        ConnectionLost,
+        ConnectTimeout,
+        H2KeepError,
+        LocalProtocolError,
+        PingTimeout,
+        PoolTimeout,
+        ProtocolError,
+        ProxyError,
+        ReadError,
+        ReadTimeout,
+        RemoteProtocolError,
+        StreamReset,
+        UnsupportedProtocol,
+        WriteError,
+        WriteTimeout,
+    )
+    from h2keep.keepalive import Keepalive
+    from h2keep.runner.connection import ConnectionStats
+    from h2keep.runner.pool import Limits, Timeout
+
+__all__ = [
+    "AsyncClient",
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionGoingAway",
+    "ConnectionLost",
+    "ConnectionStats",
+    "H2KeepError",
+    "Headers",
+    "Keepalive",
+    "Limits",
+    "LocalProtocolError",
+    "PingTimeout",
+    "PoolTimeout",
+    "ProtocolError",
+    "ProxyError",
+    "ReadError",
+    "ReadTimeout",
+    "RemoteProtocolError",
+    "Response",
+    "StreamReset",
+    "Timeout",
+    "UnsupportedProtocol",
+    "WriteError",
+    "WriteTimeout",
+]
+
+_HOMES = {
+    "h2keep.client": ("AsyncClient", "Headers", "Response"),
+    "h2keep.keepalive": ("Keepalive",),
+    "h2keep.runner.connection": ("ConnectionStats",),
+    "h2keep.runner.pool": ("Limits", "Timeout"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF.get(name, "h2keep.errors")), name)
+    globals()[name] = value
+    return value

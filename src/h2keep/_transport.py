@@ -1,0 +1,255 @@
+"""The one bridge behind both adapters: httpx's requests in, httpx's responses and exceptions out.
+
+`Library` holds what is taken from httpx or httpx2; everything else is written once. What the bridge raises is an
+instance of h2keep's exception and of its httpx counterpart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from h2keep import errors
+from h2keep._connections import Connections
+from h2keep.protocol.headers import CONNECTION_SPECIFIC
+from h2keep.runner.dial import Origin, SocketOption
+from h2keep.runner.pool import Limits, Timeout
+
+if TYPE_CHECKING:
+    import ssl
+    from types import ModuleType, TracebackType
+
+    from h2keep.keepalive import Keepalive
+    from h2keep.runner.connection import EventHook
+    from h2keep.runner.stream import Http2Stream
+
+__all__ = ["AsyncTransport", "Library"]
+
+_NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
+_NO_TIMEOUT = Timeout(None, None, None, None)
+Trace = Callable[[str, dict[str, Any]], Awaitable[None]]
+
+
+class Library:
+    """httpx or httpx2, as far as the bridge needs it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.name = module.__name__
+        self.response_stream: type = type(
+            "ResponseStream", (_ResponseStream, module.AsyncByteStream), {"library": self}
+        )
+        self._classes: dict[type[errors.H2KeepError], type[errors.H2KeepError]] = {}
+
+    def translate(self, error: errors.H2KeepError) -> errors.H2KeepError:
+        """The same error as an instance of both families, with its message, attributes, cause and context."""
+        kind = type(error)
+        both = self._classes.get(kind)
+        if both is None:
+            both = self._classes[kind] = type(kind.__name__, (kind, self._counterpart(kind)), {"__module__": __name__})
+        own = both.__new__(both)
+        own.args = error.args
+        own.__dict__.update(error.__dict__, _request=None)
+        own.__cause__ = error.__cause__
+        return own.with_traceback(error.__traceback__)
+
+    def _counterpart(self, kind: type[errors.H2KeepError]) -> type[Exception]:
+        """httpx's class of the same name; where httpx has none, that of the nearest base."""
+        for base in kind.__mro__:
+            found = getattr(self.module, base.__name__, None)
+            if found is not None and base is not Exception:
+                counterpart: type[Exception] = found
+                return counterpart
+        transport_error: type[Exception] = self.module.TransportError
+        return transport_error
+
+    def refuse(self, error: errors.H2KeepError) -> NoReturn:
+        """Raise the error's translation, with the error's own cause and nothing of the bridge in between."""
+        raise self.translate(error) from error.__cause__
+
+
+class _ResponseStream:
+    """The response's body, as httpx pulls it."""
+
+    library: Library
+
+    def __init__(self, stream: Http2Stream, trace: Trace | None) -> None:
+        self._stream = stream
+        self._trace = trace
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._stream.receive()
+        except errors.H2KeepError as error:
+            await _tell(self._trace, "http2.receive_response_body.failed", exception=error)
+            self.library.refuse(error)
+        if not chunk:
+            await _tell(self._trace, "http2.receive_response_body.complete", return_value=None)
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        """AsyncByteStream."""
+        self._stream.close()
+        await _tell(self._trace, "http2.response_closed.complete", return_value=None)
+
+
+class NetworkStream:
+    """The `network_stream` extension: the connection's facts. Reading and writing are the connection's own affair."""
+
+    def __init__(self, stream: Http2Stream) -> None:
+        self._transport = stream.connection.transport
+
+    def get_extra_info(self, info: str) -> Any:
+        """ "ssl_object", "socket", "client_addr" or "server_addr"; None for anything else."""
+        sock = self._transport.socket
+        match info:
+            case "ssl_object":
+                return self._transport.security.ssl_object
+            case "socket":
+                return sock
+            case "client_addr":
+                return sock.getsockname()
+            case "server_addr":
+                return sock.getpeername()
+        return None
+
+
+class AsyncTransport:
+    """An `AsyncBaseTransport` whose HTTP/2 connections stay alive.
+
+    Takes the arguments of `AsyncHTTPTransport`, so that replacing the class name is the whole migration, and:
+
+    * `keepalive`: when to send PINGs, and when to give a connection up (K1).
+    * `engine`: the HTTP/2 codec; "h2" is the one there is.
+    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
+
+    `limits` that are given are obeyed, httpx's keepalive_expiry of 5 s included; without any, connections are kept for
+    300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
+    Raises ValueError for what this version doesn't do: `proxy`, `retries`, `http2=False`.
+    """
+
+    _library: Library
+
+    def __init__(
+        self,
+        verify: ssl.SSLContext | str | bool = True,
+        cert: Any = None,
+        trust_env: bool = True,
+        http1: bool = True,
+        http2: bool = True,
+        limits: Any = None,
+        proxy: Any = None,
+        uds: str | None = None,
+        local_address: str | None = None,
+        retries: int = 0,
+        socket_options: Iterable[SocketOption] | None = None,
+        *,
+        keepalive: Keepalive | None = None,
+        engine: str = "h2",
+        event_hook: EventHook | None = None,
+    ) -> None:
+        if not http2:
+            raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
+        if proxy is not None:
+            raise ValueError(f"proxy: {proxy!r}: this version of h2keep cannot use proxies")
+        if retries:
+            raise ValueError(f"retries: {retries!r}: this version of h2keep does not retry connecting")
+        context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
+        self._connections = Connections(
+            context,
+            keepalive=keepalive,
+            engine=engine,
+            limits=None
+            if limits is None
+            else Limits(limits.max_connections, limits.max_keepalive_connections, limits.keepalive_expiry),
+            http1=http1,
+            uds=uds,
+            local_address=local_address,
+            socket_options=socket_options,
+            event_hook=event_hook,
+        )
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """AsyncBaseTransport."""
+        extensions: Mapping[str, Any] = request.extensions
+        trace: Trace | None = extensions.get("trace")
+        url = request.url
+        authority, fields = _split_host(request.headers.raw)
+        origin = _origin(url.scheme, url.raw_host, url.port, extensions.get("sni_hostname"))
+        await _tell(trace, "http2.send_request_headers.started", request=request)
+        try:
+            stream = await self._connections.send(
+                request.method.encode("ascii", "replace"),
+                origin,
+                authority or url.netloc,
+                url.raw_path,
+                fields,
+                self._body(request.stream),
+                Timeout(**extensions["timeout"]) if "timeout" in extensions else _NO_TIMEOUT,
+            )
+        except errors.H2KeepError as error:
+            await _tell(trace, "http2.receive_response_headers.failed", exception=error)
+            self._library.refuse(error)
+        assert stream.status is not None
+        await _tell(trace, "http2.receive_response_headers.complete", return_value=(stream.status, stream.headers))
+        return self._library.module.Response(
+            status_code=stream.status,
+            headers=stream.headers,
+            stream=self._library.response_stream(stream, trace),
+            extensions={
+                "http_version": b"HTTP/2",
+                "stream_id": stream.id,
+                "network_stream": NetworkStream(stream),
+                "h2keep": stream.connection.stats,
+            },
+        )
+
+    async def aclose(self) -> None:
+        """AsyncBaseTransport. Idempotent."""
+        await self._connections.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self.aclose()
+
+    def _body(self, stream: Any) -> Any:
+        if isinstance(stream, self._library.module.ByteStream):
+            return b"".join(stream)
+        return stream
+
+
+async def _tell(trace: Trace | None, event: str, **info: Any) -> None:
+    if trace is not None:
+        await trace(event, info)
+
+
+def _split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[tuple[bytes, bytes]]]:
+    """The Host field's value, and the fields that HTTP/2 carries: httpx writes requests for HTTP/1.1."""
+    host = None
+    fields = []
+    for name, value in raw:
+        name = name.lower()
+        if name not in _NOT_FORWARDED:
+            fields.append((name, value))
+        elif name == b"host":
+            host = value
+    return host, fields
+
+
+@functools.lru_cache(maxsize=256)
+def _origin(scheme: str, raw_host: bytes, port: int | None, server_hostname: str | None) -> Origin:
+    if scheme not in ("http", "https"):
+        raise errors.UnsupportedProtocol(f"url: {scheme!r} is not https or http")
+    return Origin(scheme, raw_host.decode("ascii"), port or (443 if scheme == "https" else 80), server_hostname)

@@ -1,0 +1,418 @@
+"""The standalone asynchronous client: few names, those of httpx.
+
+A thin layer over the pool: it turns URLs, headers and bodies into requests, and mailboxes into responses. Cookies,
+redirects and authentication are not here; who wants them uses the httpx2 adapter.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json as jsonlib
+import re
+import ssl
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import EllipsisType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from urllib.parse import quote, urlencode, urlsplit
+
+from h2keep._connections import Connections
+from h2keep.errors import UnsupportedProtocol
+from h2keep.runner.dial import Origin, SocketOption
+from h2keep.runner.pool import Limits, Timeout
+from h2keep.runner.tls import create_ssl_context
+
+if TYPE_CHECKING:
+    from h2keep.keepalive import Keepalive
+    from h2keep.runner.connection import ConnectionStats, EventHook
+    from h2keep.runner.stream import Http2Stream
+
+__all__ = ["AsyncClient", "Headers", "Response"]
+
+HeaderValue: TypeAlias = str | bytes
+HeaderTypes: TypeAlias = Mapping[str, HeaderValue] | Iterable[tuple[str | bytes, HeaderValue]]
+Content: TypeAlias = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
+TimeoutTypes: TypeAlias = Timeout | float | None
+
+_DEFAULT_PORTS = {"https": 443, "http": 80}
+_DEFAULT_TIMEOUT = Timeout()
+_URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
+_CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
+_USER_AGENT = (b"user-agent", b"h2keep")
+_ACCEPT = (b"accept", b"*/*")
+
+
+class Headers(Mapping[str, str]):
+    """Response fields: names in any case; repeated fields joined by ", " as RFC 9110 has it, each in `raw`."""
+
+    def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
+        #: The fields as they came, in order.
+        self.raw = raw
+
+    def __getitem__(self, name: str) -> str:
+        values = self.get_list(name)
+        if not values:
+            raise KeyError(name)
+        return ", ".join(values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name.decode("latin-1") for name, _ in self.raw))
+
+    def __len__(self) -> int:
+        return len({name for name, _ in self.raw})
+
+    def __repr__(self) -> str:
+        return f"Headers({[(name.decode('latin-1'), value.decode('latin-1')) for name, value in self.raw]!r})"
+
+    def get_list(self, name: str) -> list[str]:
+        """Every value of a field, in order."""
+        wanted = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for found, value in self.raw if found == wanted]
+
+
+class Response:
+    """A response whose body comes as it is read. Always used up: read to its end, or closed."""
+
+    http_version = "HTTP/2"
+
+    def __init__(self, stream: Http2Stream) -> None:
+        self._stream = stream
+        self._content: bytes | None = None
+        assert stream.status is not None
+        self.status_code = stream.status
+        self.headers = Headers(stream.headers)
+
+    def __repr__(self) -> str:
+        return f"<Response [{self.status_code}]>"
+
+    @property
+    def stream_id(self) -> int:
+        """The HTTP/2 stream that carried it."""
+        return self._stream.id
+
+    @property
+    def connection(self) -> ConnectionStats:
+        """The figures of the connection that carried it (K20)."""
+        return self._stream.connection.stats
+
+    @property
+    def trailers(self) -> Headers:
+        """Trailer fields, known once the body has been read; empty if there were none."""
+        return Headers(self._stream.trailers)
+
+    @property
+    def content(self) -> bytes:
+        """The whole body. Raises RuntimeError before `aread`."""
+        if self._content is None:
+            raise RuntimeError("the body has not been read: call aread(), or iterate over it")
+        return self._content
+
+    @property
+    def text(self) -> str:
+        """The body as text, by the charset of Content-Type, else UTF-8; what can't be decoded is replaced."""
+        return self.content.decode(self._charset(), "replace")
+
+    def json(self) -> Any:
+        """The body as JSON."""
+        return jsonlib.loads(self.content)
+
+    async def aread(self) -> bytes:
+        """Read the body to its end."""
+        if self._content is None:
+            self._content = b"".join([chunk async for chunk in self.aiter_bytes()])
+        return self._content
+
+    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+        """The body as it comes: whatever waits is one chunk."""
+        if self._content is not None:
+            yield self._content
+            return
+        try:
+            while chunk := await self._stream.receive():
+                yield chunk
+        finally:
+            self._stream.close()
+
+    async def aiter_lines(self) -> AsyncIterator[str]:
+        r"""The body's lines without their ends, each as soon as it is complete; \n and \r\n end a line."""
+        decode = codecs.getincrementaldecoder(self._charset())("replace").decode
+        rest = ""
+        async for chunk in self.aiter_bytes():
+            lines = (rest + decode(chunk)).split("\n")
+            rest = lines.pop()
+            for line in lines:
+                yield line.removesuffix("\r")
+        rest += decode(b"", True)
+        if rest:
+            yield rest
+
+    async def aclose(self) -> None:
+        """Be done with it; the stream is reset if the body has not ended. Idempotent."""
+        self._stream.close()
+
+    def _charset(self) -> str:
+        found = _CHARSET.search(self.headers.get("content-type", ""))
+        try:
+            return codecs.lookup(found[1]).name if found else "utf-8"
+        except LookupError:
+            return "utf-8"
+
+
+class AsyncClient:
+    """HTTP/2 with PING keepalive, on asyncio and trio.
+
+    Usable with and without `async with`; one client is for many requests, and shares connections between them.
+
+    * `keepalive`: when to send PINGs, and when to give a connection up (K1); `read_idle_timeout=None` in it: never.
+    * `verify`: True for the system's trust store, a path to a CA file or directory, False for no verification, or an
+      `ssl.SSLContext`, in which nothing is changed but the ALPN protocols.
+    * `cert`: a client certificate: a path, or (certificate, key) or (certificate, key, password).
+    * `engine`: the HTTP/2 codec; "h2" is the one there is.
+    * `limits`, `timeout`: see `Limits` and `Timeout`; a number is a timeout for each of the four phases.
+    * `http1`: whether the origin may speak HTTP/1.1; False also makes http:// URLs HTTP/2 with prior knowledge.
+    * `uds`: the path of a unix socket to connect to in the place of TCP. `local_address`, `socket_options`: for TCP.
+    * `headers`: sent with every request, unless the request has its own.
+    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
+
+    Raises ValueError, TypeError or `OSError` for arguments that can't be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        keepalive: Keepalive | None = None,
+        verify: ssl.SSLContext | str | bool = True,
+        cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
+        trust_env: bool = True,
+        engine: str = "h2",
+        limits: Limits | None = None,
+        timeout: TimeoutTypes = _DEFAULT_TIMEOUT,
+        http1: bool = True,
+        uds: str | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[SocketOption] | None = None,
+        headers: HeaderTypes = (),
+        event_hook: EventHook | None = None,
+    ) -> None:
+        context = verify if isinstance(verify, ssl.SSLContext) else create_ssl_context(verify, cert, trust_env)
+        self._timeout = _timeout(timeout)
+        self._headers = _fields(headers)
+        self._connections = Connections(
+            context,
+            keepalive=keepalive,
+            engine=engine,
+            limits=limits,
+            http1=http1,
+            uds=uds,
+            local_address=local_address,
+            socket_options=socket_options,
+            event_hook=event_hook,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections; requests in flight fail. Idempotent."""
+        await self._connections.aclose()
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        content: Content | None = None,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        headers: HeaderTypes = (),
+        timeout: TimeoutTypes | EllipsisType = ...,
+        extensions: Mapping[str, Any] | None = None,
+    ) -> Response:
+        """Send a request and read the whole response.
+
+        `content` is bytes, str (as UTF-8), or an (async) iterable of bytes, which is never buffered whole; `json` is
+        anything `json.dumps` takes. A `Host` header becomes `:authority`, while TCP and TLS go to the URL's host;
+        the extension `sni_hostname` overrides the name for TLS. Raises the errors of `h2keep.errors`.
+        """
+        response = await self._send(method, url, content, json, params, headers, timeout, extensions)
+        await response.aread()
+        return response
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        content: Content | None = None,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        headers: HeaderTypes = (),
+        timeout: TimeoutTypes | EllipsisType = ...,
+        extensions: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Response]:
+        """Send a request; its body is read inside the context, and given up where the context ends."""
+        response = await self._send(method, url, content, json, params, headers, timeout, extensions)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    async def get(self, url: str, **options: Any) -> Response:
+        """GET; options as for `request`."""
+        return await self.request("GET", url, **options)
+
+    async def head(self, url: str, **options: Any) -> Response:
+        """HEAD; options as for `request`."""
+        return await self.request("HEAD", url, **options)
+
+    async def options(self, url: str, **options: Any) -> Response:
+        """OPTIONS; options as for `request`."""
+        return await self.request("OPTIONS", url, **options)
+
+    async def post(self, url: str, **options: Any) -> Response:
+        """POST; options as for `request`."""
+        return await self.request("POST", url, **options)
+
+    async def put(self, url: str, **options: Any) -> Response:
+        """PUT; options as for `request`."""
+        return await self.request("PUT", url, **options)
+
+    async def patch(self, url: str, **options: Any) -> Response:
+        """PATCH; options as for `request`."""
+        return await self.request("PATCH", url, **options)
+
+    async def delete(self, url: str, **options: Any) -> Response:
+        """DELETE; options as for `request`."""
+        return await self.request("DELETE", url, **options)
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        content: Content | None,
+        json: Any,
+        params: Mapping[str, Any] | None,
+        headers: HeaderTypes,
+        timeout: TimeoutTypes | EllipsisType,
+        extensions: Mapping[str, Any] | None,
+    ) -> Response:
+        origin, authority, target = _split_url(url, params)
+        fields = _merge(self._headers, _fields(headers))
+        body = _body(content, json, fields)
+        server_hostname = (extensions or {}).get("sni_hostname")
+        stream = await self._connections.send(
+            method.encode("ascii", "replace"),
+            replace(origin, server_hostname=server_hostname) if server_hostname else origin,
+            _take_host(fields) or authority,
+            target,
+            fields,
+            body,
+            self._timeout if isinstance(timeout, EllipsisType) else _timeout(timeout),
+        )
+        return Response(stream)
+
+
+def _timeout(timeout: TimeoutTypes) -> Timeout:
+    if isinstance(timeout, Timeout):
+        return timeout
+    return Timeout(timeout, timeout, timeout, timeout)
+
+
+def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, bytes, bytes]:
+    """The origin, the authority and the target; what isn't ASCII is encoded, what is encoded stays as it is."""
+    parts = urlsplit(url)
+    scheme = parts.scheme.lower()
+    if scheme not in _DEFAULT_PORTS:
+        raise UnsupportedProtocol(f"url: {url!r} must begin with https:// or http://")
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
+    host = parts.hostname
+    if not host:
+        raise UnsupportedProtocol(f"url: {url!r} names no host")
+    try:
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+    except UnicodeError as error:
+        raise UnsupportedProtocol(f"url: {url!r}: {host!r} is not a valid host name: {error}") from error
+    origin = Origin(scheme, host, port if port is not None else _DEFAULT_PORTS[scheme])
+    query = "&".join(part for part in (parts.query, urlencode(params, doseq=True) if params else "") if part)
+    target = quote(parts.path or "/", safe=_URL_SAFE) + (f"?{quote(query, safe=_URL_SAFE)}" if query else "")
+    authority = f"[{host}]" if ":" in host else host
+    if origin.port != _DEFAULT_PORTS[scheme]:
+        authority += f":{origin.port}"
+    return origin, authority.encode("ascii"), target.encode("ascii")
+
+
+def _fields(headers: HeaderTypes) -> list[tuple[bytes, bytes]]:
+    """Fields as they will stand on the wire: names in lower case, text as latin-1 (RFC 9110, section 5.5)."""
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    return [(_encode(name).lower(), _encode(value)) for name, value in pairs]
+
+
+def _encode(text: str | bytes) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"headers: {text!r} is neither str nor bytes")
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode("utf-8")
+
+
+def _merge(defaults: list[tuple[bytes, bytes]], own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The request's own fields before the client's, and these before ours."""
+    fields = list(own)
+    for layer in (defaults, (_USER_AGENT, _ACCEPT)):
+        given = {name for name, _ in fields}
+        fields += [(name, value) for name, value in layer if name not in given]
+    return fields
+
+
+def _take_host(fields: list[tuple[bytes, bytes]]) -> bytes | None:
+    """Remove `host` from the fields, where HTTP/2 has no place for it; its value."""
+    for index, (name, value) in enumerate(fields):
+        if name == b"host":
+            del fields[index]
+            return value
+    return None
+
+
+def _body(content: Content | None, json: Any, fields: list[tuple[bytes, bytes]]) -> bytes | AsyncIterable[bytes] | None:
+    """The body, and the fields that tell of it unless the caller has set them."""
+    given = {name for name, _ in fields}
+    if json is not None:
+        if content is not None:
+            raise ValueError("content and json exclude each other")
+        content = jsonlib.dumps(json, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+        if b"content-type" not in given:
+            fields.append((b"content-type", b"application/json"))
+    if content is None:
+        return None
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+        if b"content-type" not in given:
+            fields.append((b"content-type", b"text/plain; charset=utf-8"))
+    if isinstance(content, bytes | bytearray | memoryview):
+        content = bytes(content)
+        if b"content-length" not in given:
+            fields.append((b"content-length", b"%d" % len(content)))
+        return content
+    if isinstance(content, AsyncIterable):
+        return content
+    if hasattr(content, "__iter__") and not isinstance(content, Mapping):
+        return _as_async(content)
+    raise TypeError(f"content: {type(content).__name__} is not bytes, str or an (async) iterable of bytes")
+
+
+async def _as_async(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk

@@ -1,0 +1,65 @@
+"""The clocks of many streams behind one deadline.
+
+A heap of (time, stream), at most one live entry a stream. Moving a stream's deadline later costs nothing: its entry
+is looked at when it comes up and put back. Streams that ended leave their entry behind; when these outnumber the
+living the heap is rebuilt, so a request costs O(log n) whatever its timeout (no scan of all streams on any event).
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from h2keep.protocol.stream import Stream
+
+__all__ = ["Alarms"]
+
+
+class Alarms:
+    """When to look at which stream's read and write clocks (K21)."""
+
+    __slots__ = ("_heap", "_live")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Stream]] = []
+        self._live = 0
+
+    def arm(self, stream: Stream) -> None:
+        """The stream's deadline may have come to exist, or to be earlier than it was."""
+        deadline = stream.deadline()
+        if deadline is None or (stream.alarm is not None and stream.alarm <= deadline):
+            return
+        if stream.alarm is None:
+            self._live += 1
+        stream.alarm = deadline
+        heapq.heappush(self._heap, (deadline, stream.id, stream))
+        if len(self._heap) > 2 * self._live + 64:
+            self._heap = [entry for entry in self._heap if entry[2].alarm == entry[0]]
+            heapq.heapify(self._heap)
+
+    def disarm(self, stream: Stream) -> None:
+        """The stream is over."""
+        if stream.alarm is not None:
+            stream.alarm = None
+            self._live -= 1
+
+    def next_deadline(self) -> float | None:
+        """When to call `due`; may be too early, never too late."""
+        heap = self._heap
+        while heap and heap[0][2].alarm != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def due(self, now: float) -> list[Stream]:
+        """The streams whose read or write deadline has passed."""
+        expired = []
+        while (first := self.next_deadline()) is not None and first <= now:
+            stream = heapq.heappop(self._heap)[2]
+            self.disarm(stream)
+            deadline = stream.deadline()
+            if deadline is not None and deadline <= now:
+                expired.append(stream)
+            else:
+                self.arm(stream)
+        return expired

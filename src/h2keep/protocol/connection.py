@@ -1,0 +1,635 @@
+"""One HTTP/2 client connection as a pure state machine: bytes and clock readings in; bytes, events, one deadline out.
+
+`Connection` joins the codec (`Engine`), keepalive (`KeepaliveTimer`), the order of sending (`Outbox`), the streams'
+clocks (`Alarms`) and receive windows (`flow`). It knows no socket, task, lock or clock: time enters as `now`, seconds
+on a monotonic clock that never runs backwards; randomness is passed in. A runner moves the bytes:
+
+* after **every** call that takes `now`, drain `next_event()`, write if `has_data_to_send()`, and look at
+  `next_deadline()` again: each such call may have changed all three;
+* `handle_timeout(now)` at or after the deadline; early and spurious calls do nothing.
+
+A connection that is over accepts every call and answers with nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from h2keep.errors import (
+    ConnectionGoingAway,
+    ConnectionLost,
+    H2KeepError,
+    LocalProtocolError,
+    PingTimeout,
+    ReadTimeout,
+    RemoteProtocolError,
+    StreamReset,
+    WriteTimeout,
+)
+from h2keep.keepalive import Keepalive, KeepaliveTimer, PingPurpose, RandomSource, Verdict
+from h2keep.protocol import events
+from h2keep.protocol.alarms import Alarms
+from h2keep.protocol.engine import Engine, ErrorCode
+from h2keep.protocol.flow import (
+    CONNECTION_GROWTH,
+    CONNECTION_WINDOW,
+    INITIAL_WINDOW,
+    MAX_STREAMS,
+    PROCESS_GROWTH,
+    GrowthBudget,
+    ReceiveWindow,
+)
+from h2keep.protocol.h2_engine import H2Engine
+from h2keep.protocol.outbox import HIGH_WATER, Outbox
+from h2keep.protocol.stream import Stream
+
+if TYPE_CHECKING:
+    from h2keep.protocol.events import Headers
+
+__all__ = ["Connection"]
+
+#: Streams that a peer is taken to allow before it has said so (the floor that RFC 9113, section 6.5.2, recommends).
+_ASSUMED_STREAMS = 100
+_HIGHEST_STREAM_ID = 2**31 - 1
+#: Connection credit is returned in batches of this many bytes: few frames, yet never near the window's end.
+_CREDIT_BATCH = 1024 * 1024
+# K23.
+_MAX_REPLIES = 1_000
+_MAX_EMPTY_FRAMES = 1_000
+_MAX_INFORMATIONAL = 100
+#: Two read or write timeouts in a row without progress between them retire the connection (K21).
+_TIMEOUTS_TO_RETIRE = 2
+
+_process_growth = GrowthBudget(PROCESS_GROWTH)
+
+
+class Connection:
+    """A client's side of one HTTP/2 connection.
+
+    `name` is the origin as messages are to call it, `now` the moment at which the transport was ready.
+    """
+
+    def __init__(
+        self,
+        keepalive: Keepalive,
+        random: RandomSource,
+        now: float,
+        *,
+        name: str = "the server",
+        growth: GrowthBudget = _process_growth,
+    ) -> None:
+        self.name = name
+        #: Detection of dead connections, and its figures (K20).
+        self.keepalive = KeepaliveTimer(keepalive, random, now)
+        #: Why the connection is over, None while it isn't or if it was closed in good order.
+        self.error: H2KeepError | None = None
+        #: The connection is over: nothing goes in or out any more but what `data_to_send` still holds.
+        self.closed = False
+        #: The peer's SETTINGS came.
+        self.ready = False
+        #: Two timeouts in a row without progress: no new requests (K21).
+        self.retired = False
+        #: The peer's GOAWAY with the lowest last_stream_id, None if there was none.
+        self.goaway: events.GoAwayReceived | None = None
+        #: Streams that count against the peer's limit.
+        self.open_streams = 0
+        self._growth = GrowthBudget(CONNECTION_GROWTH, growth)
+        self._engine: Engine = H2Engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
+        self._outbox = Outbox(self._engine)
+        self._alarms = Alarms()
+        self._events: deque[events.Event] = deque()
+        self._streams: dict[int, Stream] = {}
+        self._next_stream_id = 1
+        self._held_slots = 0
+        self._unread = 0
+        self._credit_due = 0
+        self._replies = 0
+        self._replies_since: float | None = None
+        self._timeouts_in_row = 0
+        self._settings_sent_at: float | None = None
+        self._now = now
+
+    # Pulls
+
+    def next_event(self) -> events.Event | None:
+        """What happened, oldest first; None when there is no more."""
+        return self._events.popleft() if self._events else None
+
+    def has_data_to_send(self) -> bool:
+        """Whether `data_to_send` is worth calling."""
+        return self._control_queued or self._outbox.has_data()
+
+    def data_to_send(self, limit: int, now: float) -> bytes:
+        """About `limit` bytes to hand over, most urgent first (K5); may make events and start clocks.
+
+        Call it only when what it returned before has been taken by the transport.
+        """
+        data, complete, relieved = self._outbox.collect(limit, now)
+        self._control_queued = False
+        self._replies = 0
+        self._replies_since = None
+        if self._settings_sent_at is None:
+            self._settings_sent_at = now
+        for stream in complete:
+            if stream.ended:
+                self._close_stream(stream)
+            elif stream.reading_since is not None:
+                self._alarms.arm(stream)
+        for stream in relieved:
+            self._events.append(events.BodyRoom(stream.id))
+        return data
+
+    @property
+    def body_bytes_sent(self) -> int:
+        """Bytes of request bodies handed over so far."""
+        return self._outbox.body_bytes
+
+    def is_open(self, stream_id: int) -> bool:
+        """Whether the stream is open, so that more of its request's body is of use."""
+        stream = self._streams.get(stream_id)
+        return stream is not None and stream.open
+
+    def next_deadline(self) -> float | None:
+        """When `handle_timeout` is due, None if nothing is. May be too early, never too late."""
+        if self.closed:
+            return None
+        deadlines = (self.keepalive.next_deadline(), self._alarms.next_deadline(), self._stuck_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # Requests
+
+    @property
+    def accepting(self) -> bool:
+        """Whether new requests may be opened at all (room is `free_slots`' business)."""
+        return not (self.closed or self.retired or self.goaway is not None or self._next_stream_id > _HIGHEST_STREAM_ID)
+
+    @property
+    def max_streams(self) -> int:
+        """Concurrent streams allowed: the peer's limit, at most 256; 100 until its SETTINGS came."""
+        limit = self._engine.max_concurrent_streams
+        if limit is None:
+            limit = MAX_STREAMS if self.ready else _ASSUMED_STREAMS
+        return min(limit, MAX_STREAMS)
+
+    @property
+    def free_slots(self) -> int:
+        """How many requests can be opened now; negative after the peer lowered its limit.
+
+        Slots of streams that were reset while the connection was under suspicion stay taken (K10), and complete
+        responses that nobody reads take up room as streams do.
+        """
+        unread = -(-self._unread // INITIAL_WINDOW)
+        return self.max_streams - self.open_streams - self._held_slots - unread
+
+    def send_request(
+        self,
+        fields: Headers,
+        now: float,
+        *,
+        content_length: int | None = None,
+        end_stream: bool = True,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+    ) -> int:
+        """Queue a request; its stream id.
+
+        `fields` and `content_length` come from `headers.request_fields`. It counts as sent once `data_to_send` has
+        encoded it. The timeouts, in seconds, are K21's.
+        """
+        if not self.accepting:
+            raise LocalProtocolError(f"{self.name}: the connection takes no new requests", unprocessed=True)
+        if end_stream and content_length:
+            raise LocalProtocolError(f"there is no body, but its Content-Length is {content_length}", unprocessed=True)
+        stream_id = self._next_stream_id
+        self._next_stream_id += 2
+        window = ReceiveWindow(self._growth, now)
+        stream = Stream(stream_id, fields, content_length, window, read_timeout, write_timeout, now)
+        stream.upload_ended = end_stream
+        self._streams[stream_id] = stream
+        self.open_streams += 1
+        self.keepalive.note_stream_opened()
+        self._outbox.add_head(stream)
+        self._alarms.arm(stream)
+        return stream_id
+
+    def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool, now: float) -> bool:
+        """Queue a chunk of a request's body, by reference; whether there is room for another at once.
+
+        If not, `BodyRoom` will say when. Data for a stream that is over is dropped. Raises `LocalProtocolError` if
+        the body contradicts its declared length; nothing of the chunk is queued then.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.open:
+            return True
+        stream.queue(data, end_stream, now)
+        self._outbox.wake(stream)
+        self._alarms.arm(stream)
+        stream.wants_room = stream.queued > HIGH_WATER
+        return not stream.wants_room
+
+    def send_trailers(self, stream_id: int, fields: Headers, now: float) -> None:
+        """End a request's body with trailers (checked by `headers.check_fields`)."""
+        stream = self._streams.get(stream_id)
+        if stream is not None and stream.open:
+            stream.trailers = fields
+            self.send_data(stream_id, b"", end_stream=True, now=now)
+
+    def read(self, stream_id: int, now: float) -> bytes:
+        """Take all body bytes that wait, and renew the peer's credit for them."""
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.buffer:
+            return b""
+        data, stream.buffer = bytes(stream.buffer), b""
+        if stream.open:
+            self._consume(stream, len(data), now)
+        else:
+            self._unread -= len(data)
+        return data
+
+    def await_data(self, stream_id: int, now: float) -> None:
+        """The application waits on this stream with nothing buffered: its read clock runs (K21)."""
+        stream = self._streams.get(stream_id)
+        if stream is not None and stream.open:
+            stream.reading_since = now
+            if stream.read_timeout is not None:
+                self._alarms.arm(stream)
+
+    def release(self, stream_id: int, now: float) -> None:
+        """The application is done with this stream; if it is still open it is reset with CANCEL (K10)."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        if stream.open:
+            self.reset_stream(stream_id, ErrorCode.CANCEL, now)
+        else:
+            del self._streams[stream_id]
+            self._unread -= len(stream.buffer)
+
+    def reset_stream(self, stream_id: int, error_code: int, now: float) -> None:
+        """Abandon a stream: RST_STREAM if the peer knows it, nothing if it was never sent; what waits is dropped.
+
+        The response to a complete upload that ended before is no longer open and isn't touched.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.open or self.closed:
+            return
+        if stream.fields is None:
+            # After the response's end only our own half is open: the peer has no more use for it.
+            self._engine.send_reset(stream_id, ErrorCode.NO_ERROR if stream.ended else error_code)
+            self._control_queued = True
+            if not stream.ended:
+                self._suspect(stream, now)
+        self._close_stream(stream)
+        self._forget(stream)
+
+    def ping(self, now: float) -> bool:
+        """A user's PING: True if it was queued, False if it joined the outstanding one (K3)."""
+        return self.keepalive.ping_for_user(now) and self._send_ping(now)
+
+    def verify(self, now: float) -> bool:
+        """K9's PING, before a request is given to this connection: True if one is outstanding after this call."""
+        if self.keepalive.ping_for_checkout(now):
+            self._send_ping(now)
+        return self.keepalive.outstanding
+
+    def verified(self, now: float) -> bool:
+        """Whether a request may be given to this connection without asking it for life first (K9)."""
+        return self.keepalive.verified(now)
+
+    def close(self, now: float) -> None:
+        """Say GOAWAY; streams that are still open fail."""
+        if not self.closed:
+            self._engine.send_goaway(ErrorCode.NO_ERROR, b"")
+            self._control_queued = True
+            self._end(ConnectionLost(f"{self.name}: the connection was closed by this side"), now, in_order=True)
+
+    # Facts from the runner
+
+    def note_life(self, now: float) -> None:
+        """Bytes arrived below TLS (K2). Call it before decrypting, and before `receive_data`."""
+        self.keepalive.note_life(now)
+        if self._held_slots:
+            self._held_slots = 0
+            self._events.append(events.SettingsChanged())
+
+    def note_gap(self, seconds: float, now: float) -> None:
+        """Time passed that the monotonic clock didn't see (K25)."""
+        self.keepalive.note_gap(seconds, now)
+
+    def note_wall_jump(self) -> None:
+        """The wall clock jumped ahead: perhaps a restored snapshot; the connection must prove itself (K25)."""
+        self.keepalive.distrust()
+
+    def note_upload_progress(self, now: float) -> None:
+        """The peer's TCP acknowledged more of an upload since the last look (K4)."""
+        self.keepalive.note_upload_progress(now)
+
+    def receive_data(self, data: bytes, now: float) -> None:
+        """Plaintext from the peer."""
+        if self.closed:
+            return
+        self._now = now
+        try:
+            self._engine.receive(data)
+        except RemoteProtocolError as error:
+            self._control_queued = True
+            self._end(_named(self.name, error), now)
+            return
+        if self._credit_due >= _CREDIT_BATCH:
+            self._engine.send_window_update(0, self._credit_due)
+            self._credit_due = 0
+            self._note_reply()
+
+    def receive_eof(self, now: float, cause: Exception | None = None) -> None:
+        """The transport ended: EOF, or `cause`."""
+        if self.closed:
+            return
+        how = "was closed by the server" if cause is None else f"failed: {cause}"
+        error = self._loss(ConnectionLost, f"{self.name}: the connection {how}", now)
+        error.__cause__ = cause
+        self._end(error, now, in_order=cause is None and not self.open_streams)
+
+    def handle_timeout(self, now: float) -> None:
+        """Act on every deadline that has passed. The runner makes two scheduler passes before each call (K7)."""
+        if self.closed:
+            return
+        for stream in self._alarms.due(now):
+            self._time_out(stream, now)
+        stuck = self._stuck_deadline()
+        if stuck is not None and now >= stuck:
+            self._end(self._loss(ConnectionLost, f"{self.name}: the server takes no bytes any more", now), now)
+            return
+        verdict = self.keepalive.handle_timeout(now)
+        if verdict is Verdict.SEND_PING:
+            self._send_ping(now)
+        elif verdict is Verdict.LOST:
+            self._end(self._ping_timeout(now), now)
+
+    # Engine reports
+
+    def on_informational(self, stream_id: int, status: int, headers: Headers) -> None:
+        """EngineHandler."""
+        stream = self._streams[stream_id]
+        stream.informational += 1
+        if stream.informational > _MAX_INFORMATIONAL:
+            self._refuse(stream, f"more than {_MAX_INFORMATIONAL} interim responses")
+            return
+        self._events.append(events.InformationalReceived(stream_id, status, headers))
+
+    def on_response(self, stream_id: int, status: int, headers: Headers, end_stream: bool) -> None:
+        """EngineHandler."""
+        stream = self._progress(stream_id)
+        stream.response_seen = True
+        self._events.append(events.ResponseReceived(stream_id, status, headers))
+        if end_stream:
+            self._end_response(stream, [])
+
+    def on_trailers(self, stream_id: int, headers: Headers) -> None:
+        """EngineHandler."""
+        self._end_response(self._progress(stream_id), headers)
+
+    def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
+        """EngineHandler."""
+        self._credit_due += flow_length
+        stream = self._progress(stream_id) if data else self._streams[stream_id]
+        if not stream.response_seen:
+            self._refuse(stream, "a body before the response's head", ErrorCode.PROTOCOL_ERROR)
+            return
+        if data:
+            stream.empty_frames = 0
+            if not stream.buffer:
+                self._events.append(events.DataReceived(stream_id))
+            stream.receive(data)
+        else:
+            stream.empty_frames += 1
+        if end_stream:
+            self._end_response(stream, [])
+        elif stream.empty_frames > _MAX_EMPTY_FRAMES:
+            self._refuse(stream, f"more than {_MAX_EMPTY_FRAMES} empty DATA frames in a row")
+        elif flow_length > len(data):
+            self._consume(stream, flow_length - len(data), self._now)
+
+    def on_discarded(self, flow_length: int) -> None:
+        """EngineHandler."""
+        self._credit_due += flow_length
+
+    def on_reset(self, stream_id: int, error_code: int) -> None:
+        """EngineHandler."""
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.open:
+            return
+        if stream.ended:
+            # The response was complete; the server merely doesn't want the rest of the body (RFC 9113, 8.1).
+            self._close_stream(stream)
+            self._events.append(events.BodyRoom(stream_id))
+            return
+        refused = error_code == ErrorCode.REFUSED_STREAM and not (stream.response_seen or stream.informational)
+        text = f"{self.name}: the server reset the stream with error code {_code(error_code)}"
+        if refused:
+            text += "; it did not process the request, which can be sent again"
+        self._fail_stream(stream, StreamReset(text, error_code=error_code, unprocessed=refused))
+
+    def on_stream_error(self, stream_id: int, error_code: int, error: RemoteProtocolError) -> None:
+        """EngineHandler."""
+        self._note_reply()
+        stream = self._streams.get(stream_id)
+        if stream is not None and stream.open:
+            self._fail_stream(stream, _named(self.name, error))
+
+    def on_settings(self) -> None:
+        """EngineHandler."""
+        if not self.ready:
+            self.ready = True
+            self._events.append(events.ConnectionReady(self._now))
+        self._events.append(events.SettingsChanged())
+        # Initial windows may have opened; SETTINGS are rare enough to look at every stream.
+        for stream in self._streams.values():
+            self._outbox.wake(stream)
+
+    def on_settings_acknowledged(self) -> None:
+        """EngineHandler."""
+        if self._settings_sent_at is not None and self.keepalive.rtt_last is None:
+            self.keepalive.note_rtt(self._now - self._settings_sent_at)
+
+    def on_ping_acknowledged(self, payload: bytes) -> None:
+        """EngineHandler."""
+        rtt = self.keepalive.note_ping_ack(payload, self._now)
+        if rtt is not None:
+            self._events.append(events.PingAcknowledged(rtt, self._now))
+
+    def on_window_opened(self, stream_id: int) -> None:
+        """EngineHandler."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._outbox.wake(stream)
+
+    def on_reply_queued(self) -> None:
+        """EngineHandler."""
+        self._note_reply()
+
+    def on_goaway(self, last_stream_id: int, error_code: int, debug_data: bytes) -> None:
+        """EngineHandler."""
+        if self.goaway is not None:
+            last_stream_id = min(last_stream_id, self.goaway.last_stream_id)
+        calm = error_code == ErrorCode.ENHANCE_YOUR_CALM and self.keepalive.note_calm(debug_data)
+        self.goaway = events.GoAwayReceived(last_stream_id, error_code, debug_data, calm, self._now)
+        self.keepalive.note_going_away()
+        self._events.append(self.goaway)
+        text = (
+            f"{self.name}: the server is closing the connection (GOAWAY, error code {_code(error_code)}, "
+            f"{debug_data!r}) and did not process the request, which can be sent again"
+        )
+        for stream in [stream for stream in self._streams.values() if stream.id > last_stream_id and stream.open]:
+            if stream.fields is None:
+                self._engine.forget(stream.id)
+            error = ConnectionGoingAway(
+                text, last_stream_id=last_stream_id, error_code=error_code, debug_data=debug_data, unprocessed=True
+            )
+            self._fail_stream(stream, error)
+
+    # Inside
+
+    _control_queued = True  # the connection preface
+
+    def _progress(self, stream_id: int) -> Stream:
+        """HEADERS or DATA came on this stream."""
+        self._timeouts_in_row = 0
+        self.keepalive.note_progress()
+        stream = self._streams[stream_id]
+        stream.reading_since = None
+        return stream
+
+    def _consume(self, stream: Stream, amount: int, now: float) -> None:
+        increment = stream.window.consume(amount, now, self.keepalive.rtt_best)
+        if increment and stream.open and not stream.ended:
+            self._engine.send_window_update(stream.id, increment)
+            self._control_queued = True
+
+    def _end_response(self, stream: Stream, trailers: Headers) -> None:
+        stream.ended = True
+        stream.reading_since = None
+        self._events.append(events.StreamEnded(stream.id, trailers))
+        if stream.end_sent_at is not None:
+            self._close_stream(stream)
+
+    def _close_stream(self, stream: Stream) -> None:
+        """The stream no longer counts; bytes that wait on it can still be read."""
+        stream.open = False
+        stream.chunks.clear()
+        stream.queued = 0
+        stream.window.release()
+        self._alarms.disarm(stream)
+        self._unread += len(stream.buffer)
+        self.open_streams -= 1
+        self.keepalive.note_stream_closed()
+
+    def _forget(self, stream: Stream) -> None:
+        self._unread -= len(stream.buffer)
+        del self._streams[stream.id]
+
+    def _fail_stream(self, stream: Stream, error: H2KeepError) -> None:
+        self._close_stream(stream)
+        self._events.append(events.StreamFailed(stream.id, error))
+
+    def _refuse(self, stream: Stream, reason: str, error_code: int = ErrorCode.ENHANCE_YOUR_CALM) -> None:
+        """The peer misbehaves on one stream (K23)."""
+        self._engine.send_reset(stream.id, error_code)
+        self._note_reply()
+        self._fail_stream(stream, RemoteProtocolError(f"{self.name}: the server sent {reason}; the stream was reset"))
+
+    def _suspect(self, stream: Stream, now: float) -> None:
+        if stream.sent_at is None:
+            return
+        if self.keepalive.ping_for_suspicion(stream.sent_at, now):
+            self._send_ping(now)
+        if not self.keepalive.verified(now):
+            self._held_slots += 1
+
+    def _send_ping(self, now: float) -> bool:
+        self._engine.send_ping(self.keepalive.payload)
+        self._control_queued = True
+        self._events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
+        return True
+
+    def _note_reply(self) -> None:
+        """A reply was queued; too many unsent ones end the connection (K23; 1,000 of the largest are 17 KB)."""
+        self._control_queued = True
+        self._replies += 1
+        if self._replies_since is None:
+            self._replies_since = self._now
+        if self._replies > _MAX_REPLIES and not self.closed:
+            self._engine.send_goaway(ErrorCode.ENHANCE_YOUR_CALM, b"")
+            error = RemoteProtocolError(f"{self.name}: the server asks for replies faster than it takes them")
+            self._end(error, self._now)
+
+    def _stuck_deadline(self) -> float | None:
+        policy = self.keepalive.policy
+        if self._replies_since is None or policy.read_idle_timeout is None:
+            return None
+        return self._replies_since + policy.read_idle_timeout + policy.ping_timeout
+
+    def _time_out(self, stream: Stream, now: float) -> None:
+        read = stream.read_deadline()
+        error: H2KeepError
+        if read is not None and read <= now:
+            what = "body bytes" if stream.response_seen else "response"
+            text = f"{self.name}: no {what} came on the stream within {stream.read_timeout} s"
+            error = ReadTimeout(text, unprocessed=False)
+        else:
+            text = f"{self.name}: the {self._obstacle(stream)} took no bytes within {stream.write_timeout} s"
+            error = WriteTimeout(text, unprocessed=stream.fields is not None)
+        self._timeouts_in_row += 1
+        if self._timeouts_in_row >= _TIMEOUTS_TO_RETIRE:
+            self.retired = True
+        stream_id = stream.id
+        self.reset_stream(stream_id, ErrorCode.CANCEL, now)
+        self._events.append(events.StreamFailed(stream_id, error))
+
+    def _obstacle(self, stream: Stream) -> str:
+        if stream.fields is None and stream.queued:
+            if self._engine.send_window(stream.id) <= 0:
+                return "stream's flow-control window"
+            if self._engine.connection_window() <= 0:
+                return "connection's flow-control window"
+        return "socket"
+
+    def _ping_timeout(self, now: float) -> ConnectionLost:
+        timer = self.keepalive
+        waited = now - (now if timer.last_ping_at is None else timer.last_ping_at)
+        text = (
+            f"{self.name}: the connection is dead: nothing came for {now - timer.last_life:.1f} s, {waited:.1f} s of "
+            f"them after a PING (read_idle_timeout={timer.interval}, ping_timeout={timer.policy.ping_timeout}); "
+            "whether the request was processed is unknown"
+        )
+        return self._loss(PingTimeout, text, now)
+
+    def _loss(self, kind: type[ConnectionLost], text: str, now: float) -> ConnectionLost:
+        timer = self.keepalive
+        if kind is ConnectionLost:
+            text += f" (last byte {now - timer.last_life:.1f} s ago)"
+        return kind(text, last_life=timer.last_life, ping_sent_at=timer.last_ping_at, rtt=timer.rtt_smoothed)
+
+    def _end(self, error: H2KeepError, now: float, *, in_order: bool = False) -> None:
+        """The connection is over: its open streams fail, each in its own right (K8)."""
+        self.closed = True
+        self.error = None if in_order else error
+        for stream in [stream for stream in self._streams.values() if stream.open]:
+            if stream.ended:
+                self._close_stream(stream)
+                self._events.append(events.BodyRoom(stream.id))
+            else:
+                self._fail_stream(stream, error.for_request(unprocessed=stream.fields is not None))
+        self.keepalive.close()
+        self._events.append(events.ConnectionClosed(self.error, now))
+
+
+def _named(name: str, error: RemoteProtocolError) -> RemoteProtocolError:
+    named = RemoteProtocolError(f"{name}: {error}")
+    named.__cause__ = error.__cause__
+    return named
+
+
+def _code(error_code: int) -> str:
+    names = {value: name for name, value in vars(ErrorCode).items() if isinstance(value, int)}
+    return names.get(error_code, hex(error_code))

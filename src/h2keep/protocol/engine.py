@@ -1,0 +1,124 @@
+"""The boundary between the connection and an HTTP/2 codec.
+
+An `Engine` knows frames, HPACK, stream states and both directions' flow-control windows; it knows neither time nor
+policy. It calls an `EngineHandler` while it parses, in the order of the frames, and gathers what it has to say
+in a buffer that `drain` empties. Everything that is peculiar to one library stays behind this line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from h2keep.errors import RemoteProtocolError
+    from h2keep.protocol.events import Headers
+
+__all__ = ["Engine", "EngineHandler", "ErrorCode"]
+
+
+class ErrorCode:
+    """The error codes that h2keep itself sends or acts on (RFC 9113, section 7)."""
+
+    NO_ERROR = 0x0
+    PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
+    FLOW_CONTROL_ERROR = 0x3
+    STREAM_CLOSED = 0x5
+    REFUSED_STREAM = 0x7
+    CANCEL = 0x8
+    ENHANCE_YOUR_CALM = 0xB
+
+
+class EngineHandler(Protocol):
+    """What an engine reports while it parses, frame by frame.
+
+    None of these raises, and none calls back into `Engine.receive`.
+    """
+
+    def on_informational(self, stream_id: int, status: int, headers: Headers) -> None:
+        """An interim response came."""
+
+    def on_response(self, stream_id: int, status: int, headers: Headers, end_stream: bool) -> None:
+        """A final response head came."""
+
+    def on_trailers(self, stream_id: int, headers: Headers) -> None:
+        """Trailers came, and with them the stream's end."""
+
+    def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
+        """DATA came on an open stream; `flow_length` counts padding too."""
+
+    def on_discarded(self, flow_length: int) -> None:
+        """DATA came for a stream that is gone: only its connection credit matters."""
+
+    def on_reset(self, stream_id: int, error_code: int) -> None:
+        """The peer reset an open stream."""
+
+    def on_stream_error(self, stream_id: int, error_code: int, error: RemoteProtocolError) -> None:
+        """The peer broke a rule that concerns one stream alone; the engine has let go of that stream."""
+
+    def on_settings(self) -> None:
+        """The peer's SETTINGS are in force (windows, frame size, concurrency)."""
+
+    def on_settings_acknowledged(self) -> None:
+        """The peer acknowledged our SETTINGS."""
+
+    def on_ping_acknowledged(self, payload: bytes) -> None:
+        """A PING ACK came, ours or not."""
+
+    def on_window_opened(self, stream_id: int) -> None:
+        """WINDOW_UPDATE: there is more room to send, on a stream or (0) on the connection."""
+
+    def on_reply_queued(self) -> None:
+        """The engine queued a reply of its own accord (the ACK of a PING or of SETTINGS; K23)."""
+
+    def on_goaway(self, last_stream_id: int, error_code: int, debug_data: bytes) -> None:
+        """GOAWAY came. The engine goes on serving streams up to `last_stream_id`."""
+
+
+class Engine(Protocol):
+    """A client-side HTTP/2 codec."""
+
+    #: How many streams the peer allows at once, None before it said so.
+    max_concurrent_streams: int | None
+    #: The largest DATA payload that the peer accepts in one frame.
+    max_frame_size: int
+
+    def receive(self, data: bytes) -> None:
+        """Parse bytes from the peer and report to the handler.
+
+        Raises `RemoteProtocolError` at the first violation that ends the connection; everything before it has been
+        reported, and the GOAWAY that answers it is queued.
+        """
+
+    def send_request(self, stream_id: int, headers: Headers, end_stream: bool) -> None:
+        """Encode a request's HEADERS. Stream ids must rise."""
+
+    def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> None:
+        """Frame at most min(window, max_frame_size) bytes."""
+
+    def send_trailers(self, stream_id: int, headers: Headers) -> None:
+        """Encode a request's trailers, which end it."""
+
+    def send_reset(self, stream_id: int, error_code: int) -> None:
+        """Reset a stream and let go of it; what still comes for it is discarded. No-op if it is closed already."""
+
+    def forget(self, stream_id: int) -> None:
+        """Let go of a stream without telling the peer, who has said that it won't be served."""
+
+    def send_ping(self, payload: bytes) -> None:
+        """Queue a PING."""
+
+    def send_window_update(self, stream_id: int, increment: int) -> None:
+        """Give the peer more credit, on a stream or (0) on the connection."""
+
+    def send_goaway(self, error_code: int, debug_data: bytes) -> None:
+        """Say goodbye. Streams in flight go on."""
+
+    def send_window(self, stream_id: int) -> int:
+        """How many bytes the stream's own window lets us send; may be negative (RFC 9113, section 6.9.2)."""
+
+    def connection_window(self) -> int:
+        """How many bytes the connection's window lets us send."""
+
+    def drain(self) -> bytes:
+        """Take everything that is queued for the peer."""

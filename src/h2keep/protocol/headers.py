@@ -1,0 +1,96 @@
+"""Request fields in, checked once.
+
+What leaves here is what goes on the wire, so the codec need not look at it again. Responses are not this module's
+business: the codec validates what the peer sends.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING
+
+from h2keep.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from h2keep.protocol.events import Headers
+
+__all__ = ["CONNECTION_SPECIFIC", "check_fields", "request_fields"]
+
+#: Fields that speak of one HTTP/1.1 connection and must not appear in HTTP/2 (RFC 9113, section 8.2.2).
+CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_LOWER_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_FORBIDDEN_IN_VALUE = re.compile(rb"[\0\r\n]")
+_TARGET = re.compile(rb"/[\x21-\x7e\x80-\xff]*|\*")
+_AUTHORITY = re.compile(rb"[^\x00-\x20\x7f@/?#]+")
+
+
+def request_fields(
+    method: bytes, scheme: bytes, authority: bytes, target: bytes, fields: Iterable[tuple[bytes, bytes]]
+) -> tuple[Headers, int | None]:
+    """The complete header list of a request, pseudo-fields first, and its declared content length.
+
+    `authority` goes to `:authority`; a `host` field would say the same twice and is refused like any other
+    connection-specific field. Raises `LocalProtocolError` naming the offending part and its value.
+    """
+    if not _TOKEN.fullmatch(method):
+        raise LocalProtocolError(f"method: {method!r} is not a token (RFC 9110, section 9.1)", unprocessed=True)
+    if not _AUTHORITY.fullmatch(authority):
+        raise LocalProtocolError(
+            f"Host: {authority!r} is not a valid authority; it takes host[:port] alone", unprocessed=True
+        )
+    if not _TARGET.fullmatch(target):
+        raise LocalProtocolError(
+            f"path: {target!r} must begin with '/' and hold neither spaces nor control characters", unprocessed=True
+        )
+    head: Headers = [(b":method", method), (b":authority", authority), (b":scheme", scheme), (b":path", target)]
+    return head, check_fields(fields, into=head)
+
+
+def check_fields(fields: Iterable[tuple[bytes, bytes]], *, into: Headers) -> int | None:
+    """Append the fields to `into` if each may go on the wire; the declared content length, if there is one.
+
+    White space around a value is not part of it (RFC 9110, section 5.5) and is dropped.
+    """
+    content_length = None
+    for name, value in fields:
+        _check_name(name)
+        if _FORBIDDEN_IN_VALUE.search(value):
+            raise LocalProtocolError(
+                f"header {name.decode('ascii')!r}: the value {value!r} holds CR, LF or NUL", unprocessed=True
+            )
+        if value[:1] in b" \t" or value[-1:] in b" \t":
+            value = value.strip(b" \t")
+        if name == b"content-length":
+            content_length = _content_length(value, content_length)
+        elif name == b"te" and value.lower() != b"trailers":
+            raise LocalProtocolError(
+                f"header 'te': HTTP/2 allows the value 'trailers' alone, not {value!r}", unprocessed=True
+            )
+        into.append((name, value))
+    return content_length
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_name(name: bytes) -> None:
+    if name in CONNECTION_SPECIFIC or name == b"host":
+        hint = "set :authority with the request's Host" if name == b"host" else "HTTP/2 has no use for it"
+        raise LocalProtocolError(f"header {name.decode('ascii')!r} is not allowed in HTTP/2: {hint}", unprocessed=True)
+    if not _LOWER_TOKEN.fullmatch(name):
+        raise LocalProtocolError(
+            f"header name {name!r} is not a lower-case token (RFC 9113, section 8.2.1)", unprocessed=True
+        )
+
+
+def _content_length(value: bytes, before: int | None) -> int:
+    # At most 18 digits: beyond that is nonsense, and int() of a very long string is slow.
+    if not (value.isdigit() and len(value) <= 18):
+        raise LocalProtocolError(f"header 'content-length': {value!r} is not a length", unprocessed=True)
+    length = int(value)
+    if before is not None and before != length:
+        raise LocalProtocolError(f"header 'content-length': given twice, as {before} and as {length}", unprocessed=True)
+    return length

@@ -1,0 +1,129 @@
+"""What goes out, and in which order (K5).
+
+Control frames leave first, then request heads, then bodies, one frame a stream in turn. Heads are encoded and DATA is
+framed only when the runner takes bytes, so whatever is queued here can still be dropped as if it had never been
+(K24), and a PING never stands behind a body.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from h2keep.protocol.engine import Engine
+    from h2keep.protocol.stream import Stream
+
+__all__ = ["Outbox"]
+
+#: A body's producer is asked for more when less than this is queued, in bytes.
+LOW_WATER = 32 * 1024
+#: A body's producer is asked to wait when more than this is queued, in bytes.
+HIGH_WATER = 64 * 1024
+
+
+class Outbox:
+    """Queues of streams that have something to send, over one engine."""
+
+    __slots__ = ("_engine", "_heads", "_ready", "body_bytes")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._heads: deque[Stream] = deque()
+        self._ready: deque[Stream] = deque()
+        #: Body bytes framed so far.
+        self.body_bytes = 0
+
+    def add_head(self, stream: Stream) -> None:
+        """A request is to be opened."""
+        self._heads.append(stream)
+
+    def wake(self, stream: Stream) -> None:
+        """The stream has got something to send, or room to send it."""
+        if stream.fields is None and not stream.sending and self._can_send(stream):
+            stream.sending = True
+            if stream.queued:
+                self._ready.append(stream)
+            else:
+                # A mere END_STREAM needs no window, so it must not wait behind those that do.
+                self._ready.appendleft(stream)
+
+    def has_data(self) -> bool:
+        """Whether a head waits, or a body that the windows admit (control frames are the engine's to know)."""
+        if self._heads:
+            return True
+        return bool(self._ready) and (not self._ready[0].queued or self._engine.connection_window() > 0)
+
+    def _can_send(self, stream: Stream) -> bool:
+        if not stream.open or stream.end_sent_at is not None:
+            return False
+        if stream.queued:
+            return self._engine.send_window(stream.id) > 0
+        return stream.upload_ended
+
+    def collect(self, limit: int, now: float) -> tuple[bytes, list[Stream], list[Stream]]:
+        """About `limit` bytes for the peer; streams whose request they complete; streams whose producers may go on.
+
+        Control frames and heads are never split, so the result may be longer by one of them.
+        """
+        complete: list[Stream] = []
+        parts = [self._engine.drain()]
+        size = len(parts[0])
+        while self._heads and size < limit:
+            stream = self._heads.popleft()
+            if stream.open:
+                if self._send_head(stream, now):
+                    complete.append(stream)
+                parts.append(self._engine.drain())
+                size += len(parts[-1])
+        relieved: list[Stream] = []
+        while self._ready and size < limit:
+            stream = self._ready.popleft()
+            stream.sending = False
+            if not self._can_send(stream):
+                continue
+            if stream.queued and self._engine.connection_window() <= 0:
+                stream.sending = True
+                self._ready.appendleft(stream)
+                break
+            if self._send_body(stream, limit - size, now):
+                complete.append(stream)
+            parts.append(self._engine.drain())
+            size += len(parts[-1])
+            if stream.wants_room and stream.queued < LOW_WATER:
+                stream.wants_room = False
+                relieved.append(stream)
+            self.wake(stream)
+        return (parts[0] if len(parts) == 1 else b"".join(parts)), complete, relieved
+
+    def _send_head(self, stream: Stream, now: float) -> bool:
+        assert stream.fields is not None
+        fields, stream.fields = stream.fields, None
+        end_stream = stream.upload_ended and not stream.queued and stream.trailers is None
+        self._engine.send_request(stream.id, fields, end_stream)
+        stream.sent_at = stream.write_since = now
+        if end_stream:
+            stream.end_sent_at = now
+        else:
+            self.wake(stream)
+        return end_stream
+
+    def _send_body(self, stream: Stream, limit: int, now: float) -> bool:
+        engine = self._engine
+        data: bytes | memoryview = b""
+        if stream.queued:
+            size = min(engine.max_frame_size, engine.send_window(stream.id), engine.connection_window())
+            # The limit only shortens a frame where it leaves a useful one; crumbs would cost more than they bound.
+            data = stream.take(min(size, max(limit, 4_096)))
+            self.body_bytes += len(data)
+        last = stream.upload_ended and not stream.queued
+        if last and stream.trailers is not None:
+            if data:
+                engine.send_data(stream.id, data, end_stream=False)
+            engine.send_trailers(stream.id, stream.trailers)
+        else:
+            engine.send_data(stream.id, data, end_stream=last)
+        stream.write_since = now
+        if last:
+            stream.end_sent_at = now
+        return last

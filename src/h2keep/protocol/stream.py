@@ -1,0 +1,172 @@
+"""One request and its response, as the connection sees them: what is queued to go out, what waits to be read, and the
+two clocks of K21. Pure bookkeeping: frames, windows and events are the connection's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from h2keep.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from h2keep.protocol.events import Headers
+    from h2keep.protocol.flow import ReceiveWindow
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """State of one stream; see `h2keep.protocol.connection.Connection`, its only user."""
+
+    __slots__ = (
+        "alarm",
+        "body_left",
+        "buffer",
+        "chunks",
+        "empty_frames",
+        "end_sent_at",
+        "ended",
+        "fields",
+        "id",
+        "informational",
+        "open",
+        "queued",
+        "read_timeout",
+        "reading_since",
+        "response_seen",
+        "sending",
+        "sent_at",
+        "trailers",
+        "upload_ended",
+        "wants_room",
+        "window",
+        "write_since",
+        "write_timeout",
+    )
+
+    def __init__(
+        self,
+        stream_id: int,
+        fields: Headers,
+        content_length: int | None,
+        window: ReceiveWindow,
+        read_timeout: float | None,
+        write_timeout: float | None,
+        now: float,
+    ) -> None:
+        self.id = stream_id
+        #: The request's fields until they are encoded, then None (K24: not sent while not None).
+        self.fields: Headers | None = fields
+        self.window = window
+        self.open = True
+
+        # Outgoing.
+        self.chunks: deque[memoryview] = deque()
+        #: Bytes in `chunks`.
+        self.queued = 0
+        #: The application has said that nothing follows what is queued.
+        self.upload_ended = False
+        self.trailers: Headers | None = None
+        #: In the connection's queue of streams that can send now.
+        self.sending = False
+        #: The producer is owed a word when there is room.
+        self.wants_room = False
+        #: What the declared content length still lacks, None if none was declared.
+        self.body_left = content_length
+        #: When HEADERS and END_STREAM were handed over.
+        self.sent_at: float | None = None
+        self.end_sent_at: float | None = None
+
+        # Incoming.
+        self.buffer: bytes | bytearray = b""
+        self.response_seen = False
+        self.ended = False
+        self.informational = 0
+        self.empty_frames = 0
+
+        # Timeouts.
+        self.read_timeout = read_timeout
+        self.write_timeout = write_timeout
+        #: Since when something is ready to be handed over and wasn't.
+        self.write_since = now
+        #: Since when the application waits with nothing buffered, None if it doesn't.
+        self.reading_since: float | None = None
+        #: The earliest time at which the connection will look at this stream's clocks.
+        self.alarm: float | None = None
+
+    def queue(self, data: bytes | memoryview, end_stream: bool, now: float) -> None:
+        """Queue a chunk of the body by reference.
+
+        Raises `LocalProtocolError`, having queued nothing, if the body contradicts its declared length.
+        """
+        view = memoryview(data).cast("B") if data else None
+        length = view.nbytes if view is not None else 0
+        if self.body_left is not None:
+            if length > self.body_left:
+                raise LocalProtocolError(
+                    f"the body is longer than its Content-Length by at least {length - self.body_left} bytes"
+                )
+            if end_stream and length < self.body_left:
+                raise LocalProtocolError(f"the body is {self.body_left - length} bytes shorter than its Content-Length")
+            self.body_left -= length
+        if not self.queued and self.fields is None:
+            self.write_since = now
+        if view is not None:
+            self.chunks.append(view)
+            self.queued += length
+        self.upload_ended = end_stream
+
+    def take(self, size: int) -> bytes | memoryview:
+        """The next at most `size` queued bytes; small chunks are joined into one frame's worth."""
+        first = self.chunks[0]
+        if first.nbytes > size:
+            self.chunks[0] = first[size:]
+            self.queued -= size
+            return first[:size]
+        self.chunks.popleft()
+        taken = first.nbytes
+        if taken == size or not self.chunks:
+            self.queued -= taken
+            return first
+        parts = [first]
+        while self.chunks and taken < size:
+            part = self.chunks.popleft()
+            if part.nbytes > size - taken:
+                self.chunks.appendleft(part[size - taken :])
+                part = part[: size - taken]
+            parts.append(part)
+            taken += part.nbytes
+        self.queued -= taken
+        return b"".join(parts)
+
+    def receive(self, data: bytes) -> None:
+        """Add to what waits to be read: by reference if it is alone, else copied into one buffer (K23)."""
+        if not self.buffer:
+            self.buffer = data
+        elif isinstance(self.buffer, bytearray):
+            self.buffer += data
+        else:
+            self.buffer = bytearray(self.buffer)
+            self.buffer += data
+
+    def read_deadline(self) -> float | None:
+        """When the read timeout fires, None while its clock doesn't run (K21)."""
+        if self.read_timeout is None or self.reading_since is None or self.end_sent_at is None:
+            return None
+        return max(self.reading_since, self.end_sent_at) + self.read_timeout
+
+    def write_deadline(self) -> float | None:
+        """When the write timeout fires, None while its clock doesn't run (K21)."""
+        if self.write_timeout is None or self.end_sent_at is not None:
+            return None
+        if self.fields is None and not self.queued and not self.upload_ended:
+            return None
+        return self.write_since + self.write_timeout
+
+    def deadline(self) -> float | None:
+        """The earlier of the two."""
+        read, write = self.read_deadline(), self.write_deadline()
+        if read is None or write is None:
+            return write if read is None else read
+        return min(read, write)

@@ -1,0 +1,60 @@
+"""Time that the monotonic clock doesn't see (K25).
+
+Event loops sleep, and time out, on a clock that stands still while the machine sleeps. `GapWatch` compares it with one
+that doesn't, at each wake-up, and reports what grew apart. It never calls back: whoever wakes up asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["GapWatch", "suspend_counting_clock"]
+
+#: Less than this is scheduling, not sleep, in seconds.
+_SUSPENDED = 1.0
+#: A wall clock that jumps ahead by more than this may be a restored snapshot, in seconds.
+_WALL_JUMP = 5.0
+
+
+def suspend_counting_clock() -> Callable[[], float]:
+    """The platform's monotonic clock that goes on while the machine sleeps."""
+    # Linux names it CLOCK_BOOTTIME; on macOS CLOCK_MONOTONIC is the one, and time.monotonic() is not.
+    for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
+        clock = getattr(time, name, None)
+        if clock is not None:
+            return functools.partial(time.clock_gettime, clock)
+    return time.monotonic
+
+
+class GapWatch:
+    """Says how much time passed unseen since it was last asked."""
+
+    __slots__ = ("_now", "_offset", "_suspended", "_wall", "_wall_offset")
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        suspended: Callable[[], float] | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._now = now
+        self._suspended = suspended or suspend_counting_clock()
+        self._wall = wall
+        at = now()
+        self._offset = self._suspended() - at
+        self._wall_offset = wall() - at
+
+    def check(self, now: float) -> tuple[float, bool]:
+        """Seconds of suspension since the last call (0.0 if none), and whether the wall clock jumped ahead."""
+        offset = self._suspended() - now
+        wall_offset = self._wall() - now
+        gap = offset - self._offset
+        jumped = wall_offset - self._wall_offset > _WALL_JUMP
+        self._offset = offset
+        self._wall_offset = wall_offset
+        return (gap if gap > _SUSPENDED else 0.0), jumped

@@ -1,0 +1,423 @@
+"""One live connection: the protocol's `Connection`, a clock, and the mailboxes of its requests.
+
+`Http2Connection` is callback-shaped and does no I/O: a driver tells it that bytes came, that there is room to write, or
+that a deadline is due, and asks what to write next. It in turn tells the pool when its state changed, and the event
+hook what happened. Everything here runs to completion without awaiting, in the one event loop that owns it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import AsyncIterable, Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from h2keep.errors import ConnectionLost, H2KeepError
+from h2keep.protocol import Connection, events
+from h2keep.runner.clock import GapWatch
+from h2keep.runner.stream import Http2Stream
+
+if TYPE_CHECKING:
+    from h2keep.keepalive import Keepalive, RandomSource
+    from h2keep.protocol.events import ConnectionEvent, Headers
+    from h2keep.runner.dial import Origin, Transport
+    from h2keep.runner.eventloop import EventLoop
+
+__all__ = ["ConnectionStats", "EventHook", "Http2Connection", "Owner"]
+
+log = logging.getLogger("h2keep")
+
+
+class ConnectionStats:
+    """A connection's figures, always as they are now (K20). Times are seconds on its event loop's clock."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Http2Connection) -> None:
+        self._connection = connection
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"ConnectionStats({figures})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures at this moment."""
+        return {name: getattr(self, name) for name, kind in vars(type(self)).items() if isinstance(kind, property)}
+
+    @property
+    def origin(self) -> str:
+        """As in "https://example.com:443"."""
+        return str(self._connection.origin)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that are open."""
+        return self._connection.protocol.open_streams
+
+    @property
+    def requests(self) -> int:
+        """Requests opened so far."""
+        return self._connection.requests
+
+    @property
+    def pings_sent(self) -> int:
+        """PINGs sent, for whatever reason."""
+        return self._connection.protocol.keepalive.pings_sent
+
+    @property
+    def pings_acked(self) -> int:
+        """PINGs whose ACK came."""
+        return self._connection.protocol.keepalive.pings_acked
+
+    @property
+    def rtt_last(self) -> float | None:
+        """The last round-trip time in seconds, None before the first sample."""
+        return self._connection.protocol.keepalive.rtt_last
+
+    @property
+    def rtt_best(self) -> float | None:
+        """The lowest round-trip time."""
+        return self._connection.protocol.keepalive.rtt_best
+
+    @property
+    def rtt_smoothed(self) -> float | None:
+        """The smoothed round-trip time (RFC 6298)."""
+        return self._connection.protocol.keepalive.rtt_smoothed
+
+    @property
+    def ready_at(self) -> float:
+        """When the transport was ready."""
+        return self._connection.protocol.keepalive.ready_at
+
+    @property
+    def last_life(self) -> float:
+        """When the last byte came from the peer."""
+        return self._connection.protocol.keepalive.last_life
+
+    @property
+    def last_ping_at(self) -> float | None:
+        """When the last PING was queued."""
+        return self._connection.protocol.keepalive.last_ping_at
+
+    @property
+    def interval(self) -> float | None:
+        """read_idle_timeout in force (K13 may have raised it), None if keepalive is off."""
+        return self._connection.protocol.keepalive.interval
+
+    @property
+    def error(self) -> H2KeepError | None:
+        """Why the connection is over, None while it isn't or if it ended in good order."""
+        return self._connection.protocol.error
+
+
+EventHook: TypeAlias = Callable[[ConnectionStats, "ConnectionEvent"], object]
+
+
+class Owner(Protocol):
+    """The pool, as a connection sees it."""
+
+    def connection_changed(self, connection: Http2Connection) -> None:
+        """Slots, readiness or the will to take requests may have changed; or it is over."""
+
+    def connection_alive(self, connection: Http2Connection) -> None:
+        """Life came on a connection that was being verified (K9)."""
+
+    def connection_calmed(self, connection: Http2Connection) -> None:
+        """The peer punished us for our PINGs (K13)."""
+
+
+class Driver(Protocol):
+    """What moves a connection's bytes."""
+
+    def wake_writer(self) -> None:
+        """There is something to write."""
+
+    def wake_timer(self) -> None:
+        """The deadline moved to before `timer_armed_for`."""
+
+    def stop(self, *, abort: bool) -> None:
+        """The connection is over: close the transport, with RST if `abort` (K8), else after a goodbye."""
+
+    async def wait_stopped(self) -> None:
+        """Wait until the transport is closed and every task is gone."""
+
+
+class Http2Connection:
+    """A connection that requests can be opened on; see the module's docstring."""
+
+    #: The driver's timer sleeps until this moment, None if for ever.
+    timer_armed_for: float | None = None
+
+    def __init__(
+        self,
+        origin: Origin,
+        transport: Transport,
+        owner: Owner,
+        loop: EventLoop,
+        keepalive: Keepalive,
+        random: RandomSource,
+        hook: EventHook | None = None,
+    ) -> None:
+        self.origin = origin
+        self.transport = transport
+        self.loop = loop
+        self.protocol = Connection(keepalive, random, loop.time(), name=str(origin))
+        #: The pool waits for life before it gives this connection a request (K9).
+        self.being_verified = False
+        #: Since when no request is open or unread here, None while one is.
+        self.idle_since: float | None = loop.time()
+        self.requests = 0
+        self.driver: Driver
+        self.stats = ConnectionStats(self)
+        self._owner = owner
+        self._hook = hook
+        self._gaps = GapWatch(loop.time)
+        self._streams: dict[int, Http2Stream] = {}
+        self._hooked: list[ConnectionEvent] = []
+
+    # For the pool
+
+    def open(
+        self,
+        fields: Headers,
+        content_length: int | None,
+        body: bytes | AsyncIterable[bytes] | None,
+        read_timeout: float | None,
+        write_timeout: float | None,
+    ) -> Http2Stream:
+        """Start a request. Raises `LocalProtocolError` if it is malformed."""
+        now = self.loop.time()
+        stream_id = self.protocol.send_request(
+            fields,
+            now,
+            content_length=content_length,
+            end_stream=not body,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+        )
+        stream = Http2Stream(self, stream_id)
+        self._streams[stream_id] = stream
+        self.requests += 1
+        self.idle_since = None
+        try:
+            if isinstance(body, bytes):
+                if body:
+                    self.protocol.send_data(stream_id, body, True, now)
+            elif body is not None:
+                pumped = body
+                self.loop.spawn(lambda: stream.pump(pumped), contextvars.copy_context())
+        except H2KeepError:
+            stream.close()
+            raise
+        self._settle()
+        return stream
+
+    def verified(self) -> bool:
+        """Whether it may be given a request at once (K9); looks at the clocks first (K25)."""
+        now = self.loop.time()
+        self._look_for_gap(now)
+        return self.protocol.verified(now)
+
+    def verify(self) -> bool:
+        """Ask for life (K9): False if that can't be done."""
+        self.being_verified = True
+        asked = self.protocol.verify(self.loop.time())
+        self._settle()
+        return asked
+
+    def use_interval(self, read_idle_timeout: float) -> None:
+        """The origin's interval changed (K13)."""
+        self.protocol.keepalive.use_interval(read_idle_timeout)
+        self._check_timer()
+
+    def ping(self) -> bool:
+        """A user's PING; see `Connection.ping`."""
+        queued = self.protocol.ping(self.loop.time())
+        self._settle()
+        return queued
+
+    def close(self) -> None:
+        """Say GOAWAY, close TLS, close the socket; open requests fail."""
+        self.protocol.close(self.loop.time())
+        self._settle()
+
+    # For streams
+
+    def await_data(self, stream_id: int) -> None:
+        """A request's task is about to wait."""
+        self.protocol.await_data(stream_id, self.loop.time())
+        self._check_timer()
+
+    def read(self, stream_id: int) -> bytes:
+        """Take a stream's waiting bytes."""
+        data = self.protocol.read(stream_id, self.loop.time())
+        if self.protocol.has_data_to_send():
+            self.driver.wake_writer()
+        return data
+
+    def send_data(self, stream_id: int, data: bytes | memoryview, *, end_stream: bool) -> bool:
+        """Queue a chunk of a body; whether another is welcome at once."""
+        room = self.protocol.send_data(stream_id, data, end_stream, self.loop.time())
+        self._settle()
+        return room
+
+    def wants_body(self, stream_id: int) -> bool:
+        """Whether more of this request's body is of use."""
+        return self.protocol.is_open(stream_id)
+
+    def release(self, stream: Http2Stream) -> None:
+        """The stream's task is done with it."""
+        if self._streams.pop(stream.id, None) is None:
+            return
+        self.protocol.release(stream.id, self.loop.time())
+        self._settle()
+        if not self._streams:
+            self.idle_since = self.loop.time()
+        self._owner.connection_changed(self)
+
+    # For the driver
+
+    def bytes_came(self, data: bytes) -> None:
+        """Bytes from the socket: life first (K2), then whatever they mean."""
+        now = self.loop.time()
+        self._look_for_gap(now)
+        self.protocol.note_life(now)
+        if self.being_verified:
+            self.being_verified = False
+            self._owner.connection_alive(self)
+        security = self.transport.security
+        plaintext, closed = security.receive(data)
+        if plaintext:
+            self.protocol.receive_data(plaintext, now)
+        if closed:
+            self.protocol.receive_eof(now, security.failure)
+        elif security.pending():
+            self.driver.wake_writer()
+        self._settle()
+
+    def ended(self, cause: Exception | None = None) -> None:
+        """The socket came to its end: EOF, or `cause`."""
+        self.protocol.receive_eof(self.loop.time(), cause)
+        self._settle()
+
+    def next_write(self, limit: int) -> bytes:
+        """Ciphertext to hand to the socket, b"" if there is nothing to say."""
+        data = b""
+        if self.protocol.has_data_to_send():
+            data = self.protocol.data_to_send(limit, self.loop.time())
+            self._settle()
+        return self.transport.security.encrypt(data)
+
+    def next_deadline(self) -> float | None:
+        """When `deadline_due` is to be called."""
+        return self.protocol.next_deadline()
+
+    def deadline_due(self, *, upload_progressed: bool) -> None:
+        """The deadline has passed, and the reader had its chance since (K7)."""
+        now = self.loop.time()
+        self._look_for_gap(now)
+        if upload_progressed:
+            self.protocol.note_upload_progress(now)
+        self.protocol.handle_timeout(now)
+        self._settle()
+
+    # Inside
+
+    def _look_for_gap(self, now: float) -> None:
+        gap, wall_jumped = self._gaps.check(now)
+        if gap:
+            log.debug("%s: %.1f s passed while the machine slept", self.origin, gap)
+            self.protocol.note_gap(gap, now)
+        elif wall_jumped:
+            self.protocol.note_wall_jump()
+
+    def _settle(self) -> None:
+        """Act on what the last call to the protocol brought about."""
+        changed = self._dispatch()
+        if changed and not self.protocol.closed and self._is_spent():
+            self.protocol.close(self.loop.time())
+            self._dispatch()
+        if self.protocol.closed:
+            self.driver.stop(abort=isinstance(self.protocol.error, ConnectionLost))
+        else:
+            if self.protocol.has_data_to_send():
+                self.driver.wake_writer()
+            self._check_timer()
+        if changed:
+            self._owner.connection_changed(self)
+        while self._hooked:
+            self._tell_hook(self._hooked.pop(0))
+
+    def _is_spent(self) -> bool:
+        """Nothing is open, and nothing new will be."""
+        return self.protocol.open_streams == 0 and not self.protocol.accepting
+
+    def _check_timer(self) -> None:
+        deadline = self.protocol.next_deadline()
+        if deadline is not None and (self.timer_armed_for is None or deadline < self.timer_armed_for):
+            self.driver.wake_timer()
+
+    def _dispatch(self) -> bool:
+        """Deliver all events; whether any of them concerns the pool."""
+        changed = False
+        while (event := self.protocol.next_event()) is not None:
+            if isinstance(event, _STREAM_EVENTS):
+                stream = self._streams.get(event.stream_id)
+                if stream is not None:
+                    _deliver(event, stream)
+                changed = changed or isinstance(event, events.StreamEnded | events.StreamFailed)
+            else:
+                changed = True
+                if not isinstance(event, events.SettingsChanged):
+                    self._note(event)
+        return changed
+
+    def _note(self, event: ConnectionEvent) -> None:
+        if isinstance(event, events.PingSent):
+            log.debug("%s: PING (%s)", self.origin, event.purpose.name.lower())
+        elif isinstance(event, events.PingAcknowledged):
+            log.debug("%s: PING acknowledged after %.1f ms", self.origin, event.rtt * 1000)
+        elif isinstance(event, events.GoAwayReceived):
+            log.info("%s: GOAWAY, error code %d, %r", self.origin, event.error_code, event.debug_data)
+            if event.too_many_pings:
+                self._owner.connection_calmed(self)
+        elif isinstance(event, events.ConnectionClosed) and event.error is not None:
+            log.info("%s", event.error)
+        if self._hook is not None:
+            self._hooked.append(event)
+
+    def _tell_hook(self, event: ConnectionEvent) -> None:
+        assert self._hook is not None
+        try:
+            self._hook(self.stats, event)
+        except Exception:
+            # The hook is the user's; its failure must not end requests that have nothing to do with it.
+            log.exception("%s: the event hook failed on %r", self.origin, event)
+
+
+_STREAM_EVENTS = (
+    events.ResponseReceived,
+    events.DataReceived,
+    events.StreamEnded,
+    events.StreamFailed,
+    events.BodyRoom,
+    events.InformationalReceived,
+)
+
+
+def _deliver(event: Any, stream: Http2Stream) -> None:
+    if isinstance(event, events.ResponseReceived):
+        stream.status = event.status
+        stream.headers = event.headers
+        stream.wake()
+    elif isinstance(event, events.DataReceived):
+        stream.data_waits = True
+        stream.wake()
+    elif isinstance(event, events.StreamEnded):
+        stream.trailers = event.trailers
+        stream.ended = True
+        stream.wake()
+    elif isinstance(event, events.StreamFailed):
+        stream.fail(event.error)
+    elif isinstance(event, events.BodyRoom):
+        stream.give_room()

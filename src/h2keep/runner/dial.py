@@ -1,0 +1,252 @@
+"""From an origin to a connected transport: TCP with happy eyeballs or a unix socket, TLS, ALPN.
+
+Proxies (CONNECT, SOCKS) and the HTTP/1.1 fallback would branch off here: `dial` is the one place that decides how an
+origin is reached. Timeouts are the caller's: everything here can be cancelled at any await and then leaves no socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import anyio
+
+from h2keep.errors import ConnectError
+from h2keep.runner.tls import Cleartext, SecurityLayer, TLSLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+__all__ = ["DialOptions", "Origin", "SocketOption", "Transport", "dial"]
+
+SocketOption: TypeAlias = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
+
+#: How long one address may keep the next one waiting, in seconds (RFC 8305, section 5).
+_HAPPY_EYEBALLS_DELAY = 0.25
+_RECEIVE_SIZE = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections lead; requests with equal origins may share one."""
+
+    scheme: str
+    #: A name or an address, IPv6 without brackets. TCP connects to it, and TLS checks it.
+    host: str
+    port: int
+    #: The name for SNI and the certificate check where it isn't `host`.
+    server_hostname: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class DialOptions:
+    """How connections are made, the same for all origins."""
+
+    ssl_context: ssl.SSLContext
+    #: Protocols offered in ALPN, the preferred one first.
+    alpn: tuple[str, ...] = ("h2",)
+    #: Path of a unix socket to use in the place of TCP.
+    uds: str | None = None
+    #: Local address to bind to.
+    local_address: str | None = None
+    socket_options: tuple[SocketOption, ...] = field(default=())
+
+
+@dataclass(slots=True)
+class Transport:
+    """A connected, non-blocking socket and what secures it."""
+
+    socket: socket.socket
+    security: SecurityLayer
+
+
+async def dial(origin: Origin, options: DialOptions) -> Transport:
+    """Connect to an origin. Raises `ConnectError`, with the reason that the system or OpenSSL gave."""
+    try:
+        sock = await _connect_unix(options.uds, options) if options.uds is not None else await _connect(origin, options)
+    except OSError as error:
+        where = options.uds or str(origin)
+        raise ConnectError(f"cannot connect to {where}: {_reason(error)}") from error
+    try:
+        if origin.scheme == "http":
+            return Transport(sock, Cleartext())
+        layer = TLSLayer(options.ssl_context, origin.server_hostname or origin.host)
+        await _handshake(sock, layer, origin)
+        _check_alpn(layer, origin, options)
+    except BaseException:
+        sock.close()
+        raise
+    return Transport(sock, layer)
+
+
+async def _connect(origin: Origin, options: DialOptions) -> socket.socket:
+    addresses = _interleave(await _resolve(origin.host, origin.port))
+    if len(addresses) == 1:
+        return await _attempt(*addresses[0], options)
+    return await _race([_attempt_to(address, options) for address in addresses])
+
+
+def _attempt_to(
+    address: tuple[socket.AddressFamily, tuple[object, ...]], options: DialOptions
+) -> Callable[[], Awaitable[socket.socket]]:
+    return lambda: _attempt(*address, options)
+
+
+async def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    try:
+        # A literal address needs no resolver, hence no thread.
+        literal = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        return [(family, address) for family, _, _, _, address in literal]
+    except (socket.gaierror, UnicodeError):
+        pass
+    try:
+        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise ConnectError(f"{host!r} is not a valid host name: {error}") from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _interleave(
+    addresses: Iterable[tuple[socket.AddressFamily, tuple[object, ...]]],
+) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """Alternate the families, the resolver's favourite first (RFC 8305, section 4)."""
+    unique = list(dict.fromkeys(addresses))
+    favourite = [address for address in unique if address[0] == unique[0][0]]
+    others = [address for address in unique if address[0] != unique[0][0]]
+    mixed = []
+    while favourite or others:
+        mixed += favourite[:1] + others[:1]
+        del favourite[:1], others[:1]
+    return mixed
+
+
+async def _race(attempts: list[Callable[[], Awaitable[socket.socket]]]) -> socket.socket:
+    """The first attempt to succeed; each starts when the one before failed or took too long."""
+    winner: socket.socket | None = None
+    failures: list[OSError] = []
+
+    async def run(attempt: Callable[[], Awaitable[socket.socket]], done: anyio.Event) -> None:
+        nonlocal winner
+        try:
+            sock = await attempt()
+        except OSError as error:
+            failures.append(error)
+            done.set()
+        else:
+            if winner is None:
+                winner = sock
+                racers.cancel_scope.cancel()
+            else:
+                sock.close()
+
+    try:
+        async with anyio.create_task_group() as racers:
+            for attempt in attempts:
+                done = anyio.Event()
+                racers.start_soon(run, attempt, done)
+                with anyio.move_on_after(_HAPPY_EYEBALLS_DELAY):
+                    await done.wait()
+    except BaseException:
+        if winner is not None:
+            winner.close()
+        raise
+    if winner is None:
+        raise failures[0]
+    return winner
+
+
+async def _attempt(family: socket.AddressFamily, address: tuple[object, ...], options: DialOptions) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_options(sock, options)
+        if options.local_address is not None:
+            sock.bind((options.local_address, 0))
+        await _connect_socket(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_unix(path: str, options: DialOptions) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _set_options(sock, options)
+        await _connect_socket(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_options(sock: socket.socket, options: DialOptions) -> None:
+    for option in options.socket_options:
+        sock.setsockopt(*option)
+
+
+async def _connect_socket(sock: socket.socket, address: object) -> None:
+    code = sock.connect_ex(address)  # type: ignore[arg-type]
+    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+        await anyio.wait_writable(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+async def _handshake(sock: socket.socket, layer: TLSLayer, origin: Origin) -> None:
+    received: bytes | None = None
+    try:
+        while True:
+            outgoing, done = layer.handshake(received)
+            await _send_all(sock, outgoing)
+            if done:
+                return
+            received = await _receive(sock)
+            if received == b"":
+                raise ConnectError(f"{origin}: the server closed the connection during the TLS handshake")
+    except ssl.SSLError as error:
+        await _send_all(sock, layer.farewell())
+        raise ConnectError(f"{origin}: TLS failed: {_reason(error)}") from error
+    except OSError as error:
+        raise ConnectError(f"{origin}: the connection failed during the TLS handshake: {_reason(error)}") from error
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    while True:
+        try:
+            return sock.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            await anyio.wait_readable(sock)
+
+
+async def _send_all(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+
+
+def _check_alpn(layer: TLSLayer, origin: Origin, options: DialOptions) -> None:
+    chosen = layer.ssl_object.selected_alpn_protocol()
+    if chosen != "h2":
+        raise ConnectError(
+            f"{origin} does not speak HTTP/2: of the protocols offered in ALPN ({', '.join(options.alpn)}) the server "
+            f"chose {chosen or 'none'}. PING keepalive needs HTTP/2: enable it on the server or the proxy before it, "
+            "or use an HTTP/1.1 transport for this origin"
+        )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__

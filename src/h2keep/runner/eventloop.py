@@ -1,0 +1,164 @@
+"""The few things for which anyio has no name, or only a dear one, on asyncio and on trio.
+
+Everything else in the runner is plain anyio. `current()` gives the `EventLoop` of the running backend: its clock, a
+wake-up for exactly one waiting task, and background tasks that outlive whoever starts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from anyio.lowlevel import current_token
+
+from h2keep.errors import ConnectError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    import trio
+
+__all__ = ["EventLoop", "Parker", "current", "native_loop"]
+
+
+class Parker(ABC):
+    """A wake-up for one task, in the manner of a thread's park and unpark.
+
+    A wake-up that comes while nobody waits is kept, once; so nothing is missed, and waiters re-check their condition.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def unpark(self) -> None:
+        """Wake the task that waits, or let the next `park` return at once."""
+
+    @abstractmethod
+    async def park(self) -> None:
+        """Wait for a wake-up; may be spurious. No checkpoint if one is kept."""
+
+
+class EventLoop(ABC):
+    """What the runner needs to know of the loop it runs on."""
+
+    __slots__ = ()
+
+    #: The loop's monotonic clock, in seconds.
+    time: Callable[[], float]
+
+    @abstractmethod
+    def parker(self) -> Parker:
+        """A new `Parker`."""
+
+    @abstractmethod
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+        """Start a task that belongs to nobody, in an empty context unless one is given.
+
+        `run` must not raise: it is nobody's to catch. Raises `ConnectError` if the loop is shutting down.
+        """
+
+
+class _AsyncioParker(Parker):
+    __slots__ = ("_future", "_loop", "_permit")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+        self._permit = False
+
+    def unpark(self) -> None:
+        self._permit = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def park(self) -> None:
+        if not self._permit:
+            self._future = self._loop.create_future()
+            try:
+                await self._future
+            finally:
+                self._future = None
+        self._permit = False
+
+
+class _AsyncioLoop(EventLoop):
+    __slots__ = ("_loop", "_tasks", "time")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.time = loop.time
+        # The loop itself holds tasks but weakly.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def parker(self) -> Parker:
+        return _AsyncioParker(self._loop)
+
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+        if getattr(self._loop, "_asyncgens_shutdown_called", False):
+            # asyncio.run has cancelled its tasks already and would never cancel this one.
+            raise ConnectError("the event loop is shutting down")
+        task = self._loop.create_task(run(), context=context or contextvars.Context())
+        # A loop that is dropped without cancelling its tasks has nobody to tell "Task was destroyed" to.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _TrioParker(Parker):
+    __slots__ = ("_permit", "_task")
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+        self._permit = False
+
+    def unpark(self) -> None:
+        self._permit = True
+        if self._task is not None:
+            task, self._task = self._task, None
+            sys.modules["trio"].lowlevel.reschedule(task)
+
+    async def park(self) -> None:
+        if not self._permit:
+            lowlevel = sys.modules["trio"].lowlevel
+            self._task = lowlevel.current_task()
+
+            def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+                self._task = None
+                aborted: trio.lowlevel.Abort = lowlevel.Abort.SUCCEEDED
+                return aborted
+
+            await lowlevel.wait_task_rescheduled(abort)
+        self._permit = False
+
+
+class _TrioLoop(EventLoop):
+    __slots__ = ("_lowlevel", "time")
+
+    def __init__(self) -> None:
+        import trio
+
+        self._lowlevel = trio.lowlevel
+        self.time = trio.current_time
+
+    def parker(self) -> Parker:
+        return _TrioParker()
+
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+        try:
+            self._lowlevel.spawn_system_task(run, context=context)
+        except RuntimeError as error:
+            raise ConnectError("the event loop is shutting down") from error
+
+
+def native_loop() -> object:
+    """The running event loop as its backend knows it: one object a loop, to tell loops apart by."""
+    return current_token().native_token
+
+
+def current() -> EventLoop:
+    """The running event loop's `EventLoop`: a new object each time, so keep it."""
+    native = native_loop()
+    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop()

@@ -1,0 +1,174 @@
+"""One request's mailbox: the task that made the request waits here for its response.
+
+The connection fills it; only the requesting task (and the task that pumps its body) waits on it. Leaving early, by
+`close` or by cancellation, resets the stream and touches nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from h2keep.errors import H2KeepError, LocalProtocolError, ReadError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator
+
+    from h2keep.protocol.events import Headers
+    from h2keep.runner.connection import Http2Connection
+
+__all__ = ["Http2Stream"]
+
+
+class Http2Stream:
+    """A request on a connection, and its response as it comes in."""
+
+    __slots__ = (
+        "_connection",
+        "_parker",
+        "_released",
+        "_room",
+        "_upload_failure",
+        "_upload_scope",
+        "data_waits",
+        "ended",
+        "error",
+        "headers",
+        "id",
+        "status",
+        "trailers",
+    )
+
+    def __init__(self, connection: Http2Connection, stream_id: int) -> None:
+        self._connection = connection
+        self.id = stream_id
+        self.status: int | None = None
+        self.headers: Headers = []
+        self.trailers: Headers = []
+        self.data_waits = False
+        self.ended = False
+        self.error: H2KeepError | None = None
+        self._parker = connection.loop.parker()
+        self._released = False
+        self._room: anyio.Event | None = None
+        self._upload_scope: anyio.CancelScope | None = None
+        self._upload_failure: BaseException | None = None
+
+    @property
+    def connection(self) -> Http2Connection:
+        """The connection that serves this request."""
+        return self._connection
+
+    # For the connection
+
+    def wake(self) -> None:
+        """Something about this stream changed."""
+        self._parker.unpark()
+
+    def fail(self, error: H2KeepError) -> None:
+        """The request failed; the body iterator is not pulled any more (K8)."""
+        self.error = error
+        if self._upload_scope is not None:
+            self._upload_scope.cancel()
+        self._parker.unpark()
+
+    def give_room(self) -> None:
+        """The body's next chunk is welcome, or nobody wants it any more."""
+        if self._room is not None:
+            self._room.set()
+
+    # For the requesting task
+
+    async def response(self) -> None:
+        """Wait for the response's head. Raises what the request failed with."""
+        try:
+            while self.status is None:
+                self._raise_failure()
+                await self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    async def receive(self) -> bytes:
+        """The next body bytes, all that wait; b"" at the end.
+
+        A failed request first hands out what came before it failed (K8). Raises `ReadError` after `close`.
+        """
+        try:
+            while True:
+                if self.data_waits and not self._released:
+                    self.data_waits = False
+                    data = self._connection.read(self.id)
+                    if data:
+                        return data
+                if self.ended:
+                    self.close()
+                    return b""
+                self._raise_failure()
+                if self._released:
+                    raise ReadError("the response was closed before its body was read to the end")
+                await self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """The requesting task is done with this stream; RST_STREAM(CANCEL) goes out if it is still open. Idempotent."""
+        if self._released:
+            return
+        self._released = True
+        if self._upload_scope is not None:
+            self._upload_scope.cancel()
+        self._connection.release(self)
+
+    def _raise_failure(self) -> None:
+        if self._upload_failure is not None:
+            raise self._upload_failure
+        if self.error is not None:
+            raise self.error
+
+    async def _wait(self) -> None:
+        self._connection.await_data(self.id)
+        await self._parker.park()
+
+    # Uploading
+
+    async def pump(self, body: AsyncIterable[bytes]) -> None:
+        """Send the body, a chunk at a time, as there is room. Never raises an Exception: the requester gets it."""
+        with anyio.CancelScope() as self._upload_scope:
+            if self._released or self.error is not None:
+                self._upload_scope.cancel()
+            try:
+                await self._pump(body)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as failure:  # noqa: BLE001
+                # A KeyboardInterrupt from the user's iterator belongs to the user's task too.
+                self._upload_failure = failure
+                self._connection.release(self)
+                self._parker.unpark()
+        self._upload_scope = None
+
+    async def _pump(self, body: AsyncIterable[bytes]) -> None:
+        iterator: AsyncIterator[Any] = aiter(body)
+        try:
+            async for chunk in iterator:
+                if not isinstance(chunk, bytes | bytearray | memoryview):
+                    raise LocalProtocolError(f"the body's iterator gave a {type(chunk).__name__}, not bytes")
+                if chunk:
+                    await self._send(bytes(chunk) if isinstance(chunk, bytearray) else chunk)
+                if not self._connection.wants_body(self.id):
+                    return
+            self._connection.send_data(self.id, b"", end_stream=True)
+        finally:
+            # Let a generator run its finally blocks here and now, also when the upload was cut short.
+            close = getattr(iterator, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _send(self, chunk: bytes | memoryview) -> None:
+        self._room = anyio.Event()
+        if not self._connection.send_data(self.id, chunk, end_stream=False):
+            await self._room.wait()
+        self._room = None
