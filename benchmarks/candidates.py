@@ -33,7 +33,9 @@ class Client(Protocol):
 
     def chunks(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
-    def lines(self, path: str) -> AbstractAsyncContextManager[AsyncIterator[str]]: ...
+    def lines(self, path: str, *, live: bool = False) -> AbstractAsyncContextManager[AsyncIterator[str]]:
+        """`live`: each is wanted as soon as it has come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class HttpxLike:
             yield response.aiter_bytes()
 
     @asynccontextmanager
-    async def lines(self, path: str) -> AsyncIterator[AsyncIterator[str]]:
+    async def lines(self, path: str, *, live: bool = False) -> AsyncIterator[AsyncIterator[str]]:
         async with self._client.stream("GET", self._base + path) as response:
             yield response.aiter_lines()
 
@@ -84,10 +86,13 @@ class Pyreqwest:
             yield self._chunks(response.body_reader)
 
     @asynccontextmanager
-    async def lines(self, path: str) -> AsyncIterator[AsyncIterator[str]]:
-        # By default it holds a body back until it is over or 64 KiB of it are there; for events nobody would leave it so.
-        request = self._client.get(self._base + path).streamed_read_buffer_limit(0).build_streamed()
-        async with request as response:
+    async def lines(self, path: str, *, live: bool = False) -> AsyncIterator[AsyncIterator[str]]:
+        # By default a body is held back until it is over or 64 KiB of it are there. Without that its HTTP/2 takes a flood
+        # of small frames for an attack and ends the connection: so each way has its uses, and its fair case.
+        request = self._client.get(self._base + path)
+        if live:
+            request = request.streamed_read_buffer_limit(0)
+        async with request.build_streamed() as response:
             yield self._split(response.body_reader)
 
     @staticmethod

@@ -15,7 +15,7 @@ Results = Mapping[str, Mapping[str, Rounds]]
 Reading = tuple[float, float, float]
 """Median, least and greatest."""
 
-CROWDED = 0.9
+CROWDED = 0.95
 
 
 def series(results: Results, value: Value) -> list[float]:

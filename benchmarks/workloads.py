@@ -156,7 +156,8 @@ async def sse_singly(client: Client, p: Parameters) -> Metrics:
     arrived: list[int] = []
     await _post(client, "/answer?size=500")
     with Window(p.stats) as window:
-        async with client.lines(f"/events?count={p.count('events')}&interval={p['interval']}s") as lines:
+        path = f"/events?count={p.count('events')}&interval={p['interval']}s"
+        async with client.lines(path, live=True) as lines:
             async for line in lines:
                 if line.startswith("data:"):
                     arrived.append(time.time_ns())

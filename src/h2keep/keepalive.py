@@ -1,141 +1,145 @@
-"""When to send a PING, and when to give a connection up: rules K1 to K17 as a pure state machine.
+"""When to send a PING, and when a connection is dead: rules K1-K17, and nothing else.
 
-`Keepalive` is the policy, `KeepaliveTimer` applies it to one connection, `IntervalMemory` remembers an origin's
-punishments. None of them knows frames, sockets or a clock: facts and readings of a monotonic clock (`now`, in
-seconds) come in, verdicts and one deadline come out, and the random source is passed in.
+`Keepalive` is the policy, `KeepaliveTimer` applies it to one connection: facts and clock readings go in, one deadline
+and a `Verdict` come out. `IntervalMemory` is what an origin's punishments leave behind (K13). Nothing here knows about
+frames, sockets or tasks, reads a clock or makes randomness: whoever holds a timer sends the PING, ends the connection,
+and passes in the time, in seconds on one monotonic clock. 0.0 is a time like any other.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 __all__ = ["IntervalMemory", "Keepalive", "KeepaliveTimer", "PingPurpose", "RandomSource", "Verdict"]
 
-#: The second step of judgement comes this long after the first, in seconds (K7).
-_JUDGEMENT_DELAY = 0.02
-#: A step handled later than this, in seconds, says more about us than about the peer (K7).
+#: A connection silent for longer than this must prove itself before its next request, in seconds (K9).
+_MAX_UNVERIFIED_AFTER = 30.0
+#: What the reader gets between a PING's deadline and the judgement, in seconds (K7).
+_JUDGEMENT = 0.02
+#: A deadline handled later than this was slept or blocked through by ourselves, in seconds (K7).
 _LATE = 0.5
 _MAX_EXTENSIONS = 3
-#: What an upload's progress may add to a PING's deadline, in ping_timeouts (K4).
-_MAX_UPLOAD_EXTENSION = 2.0
-#: Silence after which a connection must prove itself before it is used again, in seconds, unless the policy's is
-#: shorter (K9).
-_UNVERIFIED_AFTER = 30.0
-#: PINGs beyond K3's rate between two signs of progress (K16).
+#: In all, uploads extend one PING's deadline by this many ping_timeouts (K4).
+_UPLOAD_ALLOWANCE = 2.0
+#: PINGs beyond K3's rate that may go out without progress between them (K16).
 _MAX_EXTRA_PINGS = 2
-_CALM_CEILING = 330.0
-_CALM_HALF_LIFE = 3600.0
+#: A request unanswered for less than this, in seconds, or this many round trips, says nothing about the peer (K10).
+_SUSPICIOUS_AFTER = 1.0
+_SUSPICIOUS_ROUND_TRIPS = 3.0
+#: Keepalive PINGs since the last progress that make ENHANCE_YOUR_CALM a punishment for them (K13).
+_PUNISHABLE_PINGS = 2
+#: The longest interval that punishment leads to, in seconds: gRPC servers tolerate a PING in five minutes (K13).
+_MAX_PUNISHED_INTERVAL = 330.0
+#: A punishment's effect halves in each of these, in seconds (K13).
+_FORGIVENESS = 3600.0
 
 
 class RandomSource(Protocol):
-    """Where jitter and payloads come from; `random.Random` and `random.SystemRandom` are such."""
+    """Where jitter and payloads come from; `random.Random` and `random.SystemRandom` fit."""
 
     def random(self) -> float:
         """A number in [0, 1)."""
 
     def randbytes(self, n: int, /) -> bytes:
-        """So many random bytes."""
+        """`n` bytes that a peer can't guess."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """When a silent connection is asked for life, and when it is given up (K1).
+    """How connections are kept alive and found dead (K1). Times are in seconds.
 
-    Raises ValueError, naming the field and the value, for anything but finite positive seconds and a jitter in [0, 1).
+    A connection on which nothing came for `read_idle_timeout` gets a PING; if nothing at all comes within
+    `ping_timeout` after it, the connection is lost. `read_idle_timeout=None` switches keepalive off. With `while_idle`
+    PINGs also go out while no request is open, which some servers punish (K11). The interval is shortened at random by
+    up to the fraction `jitter`, so that many clients don't ping in step (K15).
+
+    Raises `ValueError` if a time is not a finite number above 0, or jitter not in [0, 1).
     """
 
-    #: Seconds of silence after which a PING is sent. None switches keepalive off.
     read_idle_timeout: float | None = 30.0
-    #: Seconds after a PING without any life until the connection is given up.
     ping_timeout: float = 15.0
-    #: Whether PINGs are also sent while no request is open (K11).
     while_idle: bool = False
-    #: The part of read_idle_timeout by which it is shortened at random (K15).
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if name == "while_idle":
-                valid = isinstance(value, bool)
-            elif name == "jitter":
-                valid = _is_number(value) and 0 <= value < 1
-            else:
-                valid = (name == "read_idle_timeout" and value is None) or (_is_number(value) and value > 0)
-            if not valid:
-                raise ValueError(f"{name}: {value!r} is not {_EXPECTED[name]}")
+        if self.read_idle_timeout is not None and not (
+            _is_finite(self.read_idle_timeout) and self.read_idle_timeout > 0
+        ):
+            raise ValueError(
+                f"read_idle_timeout must be a finite number of seconds above 0, or None, not {self.read_idle_timeout!r}"
+            )
+        if not (_is_finite(self.ping_timeout) and self.ping_timeout > 0):
+            raise ValueError(f"ping_timeout must be a finite number of seconds above 0, not {self.ping_timeout!r}")
+        if not isinstance(self.while_idle, bool):
+            raise ValueError(f"while_idle must be True or False, not {self.while_idle!r}")
+        if not (_is_finite(self.jitter) and 0 <= self.jitter < 1):
+            raise ValueError(f"jitter must be a number from 0 to below 1, not {self.jitter!r}")
 
 
-_EXPECTED = {
-    "read_idle_timeout": "a finite number of seconds above 0, nor None",
-    "ping_timeout": "a finite number of seconds above 0",
-    "while_idle": "True or False",
-    "jitter": "a number in [0, 1)",
-}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 class PingPurpose(enum.Enum):
     """Why a PING was sent."""
 
-    #: Silence (K3).
-    IDLE = enum.auto()
-    #: A request wants the connection after a silence (K9).
-    CHECKOUT = enum.auto()
-    #: A request was given up on a silent connection (K10).
-    SUSPICION = enum.auto()
-    #: The application asked.
-    USER = enum.auto()
+    IDLE = enum.auto()  #: nothing came for the interval (K3)
+    CHECKOUT = enum.auto()  #: a request wants a connection that has been silent (K9)
+    SUSPICION = enum.auto()  #: a request was given up without an answer (K10)
+    USER = enum.auto()  #: the application asked for it
 
 
 class Verdict(enum.Enum):
-    """What `KeepaliveTimer.handle_timeout` wants done."""
+    """What a deadline that was handled asks for."""
 
     NOTHING = enum.auto()
-    #: Send a PING with `KeepaliveTimer.payload`, now.
-    SEND_PING = enum.auto()
-    #: The connection is dead (K8); the timer is closed.
-    LOST = enum.auto()
+    SEND_PING = enum.auto()  #: send a PING with the timer's `payload` now
+    LOST = enum.auto()  #: the peer is dead: abort the connection (K8)
 
 
-class _State(enum.Enum):
+class _Phase(enum.Enum):
     QUIET = enum.auto()  # no PING is outstanding
-    PINGED = enum.auto()  # one is, and its deadline has not come
-    JUDGING = enum.auto()  # its deadline has come; the reader gets its chance
+    PINGED = enum.auto()  # one is, and has until _judge_at
+    JUDGING = enum.auto()  # it had; the reader gets a last chance until _judge_at (K7)
     CLOSED = enum.auto()
 
 
 class KeepaliveTimer:
-    """Keepalive of one connection.
+    """Decides for one connection when a PING is due and when the peer is dead.
 
-    `now` in the constructor is the moment at which the connection became ready. The runner lets its reader run for two
-    scheduler passes before each `handle_timeout` (K7). `next_deadline` can move *earlier* by `note_stream_opened`, by
-    the `ping_for_*` methods, by `use_interval`, and by life that answers a PING; all else leaves it or moves it later.
+    `now` is the moment at which the connection became ready; `random` is asked for a fraction once per silence (K15) and
+    for 8 bytes per PING (K3).
+
+    Whoever runs it sleeps until `next_deadline` and calls `handle_timeout`. Life never moves the deadline, let alone to an
+    earlier time, so arriving bytes need not touch the sleeper (K14): the timer looks at them when it wakes.
     """
 
     __slots__ = (
-        "_acked",
-        "_deadline",
-        "_distrusted_at_life",
+        "_allowance",
+        "_awaiting_ack",
+        "_distrusted",
         "_extensions",
         "_extra_pings",
         "_going_away",
-        "_last_idle_ping",
-        "_lives",
-        "_pinged_at_life",
-        "_pings_since_progress",
+        "_judge_at",
+        "_keepalive_pings",
+        "_least_interval",
+        "_life_seen",
+        "_looked_at",
+        "_phase",
         "_random",
-        "_silence_limit",
-        "_silence_since",
-        "_state",
+        "_share",
+        "_silent_since",
         "_suspicion_pinged",
-        "_upload_limit",
+        "_wake_at",
         "interval",
         "last_life",
         "last_ping_at",
@@ -152,259 +156,344 @@ class KeepaliveTimer:
     )
 
     def __init__(self, policy: Keepalive, random: RandomSource, now: float) -> None:
+        #: As configured; never changes.
         self.policy = policy
-        #: read_idle_timeout in force (K13 may have raised it), None if keepalive is off.
+        #: read_idle_timeout in force, in seconds: as configured or as K13 enlarged it; None if keepalive is off.
         self.interval = policy.read_idle_timeout
+        #: When the connection became ready.
         self.ready_at = now
-        #: When the last byte came; `ready_at` before the first.
+        #: When the last byte came from the peer (K2); before the first, when the connection became ready.
         self.last_life = now
+        #: The number of streams open.
         self.open_streams = 0
-        #: The last PING's payload.
-        self.payload = b""
+        #: PINGs sent, of whatever purpose.
         self.pings_sent = 0
+        #: PINGs whose own ACK came; other life may have come in place of the others'.
         self.pings_acked = 0
+        #: The last PING's 8 bytes, b"" before the first.
+        self.payload = b""
+        #: When the last PING was to be sent, None before the first.
         self.last_ping_at: float | None = None
+        #: Why the last PING was sent, None before the first.
         self.last_ping_purpose: PingPurpose | None = None
+        #: The last round-trip time, in seconds; this and the next two are None before the first was measured.
         self.rtt_last: float | None = None
+        #: The shortest round-trip time.
         self.rtt_best: float | None = None
+        #: The round-trip time averaged as in RFC 6298: each new one counts for an eighth.
         self.rtt_smoothed: float | None = None
+
         self._random = random
-        self._state = _State.QUIET
-        # Life is counted, too: at equal times only the count tells whether it came before or after a PING.
-        self._lives = 0
-        self._pinged_at_life = -1
-        self._distrusted_at_life = -1
-        self._acked = True
-        self._deadline = 0.0
-        self._upload_limit = 0.0
-        self._extensions = 0
-        self._extra_pings = 0
-        self._pings_since_progress = 0
-        self._suspicion_pinged = False
+        self._phase = _Phase.QUIET
         self._going_away = False
-        self._last_idle_ping: float | None = None
-        self._silence_since = now
-        self._silence_limit = self._draw()
+        self._least_interval = (1 - policy.jitter) * (policy.read_idle_timeout or 0.0)
+        # Life that no other method has looked at yet. A flag, as life may bear the very time of the PING that it ends.
+        self._life_seen = False
+        self._silent_since = now
+        self._share = random.random()
+        # Life noted from now on is not older than this.
+        self._looked_at = now
+        self._wake_at: float | None = None
+        self._judge_at = now
+        self._extensions = 0
+        self._allowance = 0.0
+        self._distrusted = False
+        self._awaiting_ack = False
+        # Counted since the last progress.
+        self._keepalive_pings = 0
+        self._extra_pings = 0
+        self._suspicion_pinged = False
+        self._arm()
 
     # Facts
 
     def note_life(self, now: float) -> None:
-        """Bytes came from the peer (K2). Only stores; deadlines look at it when they come (K14)."""
+        """Bytes came from the peer, any (K2); ends "outstanding" and "unverified". Call it before anything reads them."""
         self.last_life = now
-        self._lives += 1
+        self._life_seen = True
 
     def note_progress(self) -> None:
-        """A HEADERS or DATA frame was read."""
+        """A HEADERS or DATA frame was read; renews what K10, K13 and K16 count."""
+        self._keepalive_pings = 0
         self._extra_pings = 0
-        self._pings_since_progress = 0
         self._suspicion_pinged = False
 
     def note_stream_opened(self) -> None:
-        """A request was opened."""
+        """A stream was opened. The first arms K3's PING; after a long silence it is due at once (K11)."""
         self.open_streams += 1
+        self._take_in_life()
+        self._arm()
 
     def note_stream_closed(self) -> None:
-        """A request ended."""
+        """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11)."""
         self.open_streams -= 1
+        self._take_in_life()
+        self._arm()
 
     def note_ping_ack(self, payload: bytes, now: float) -> float | None:
-        """A PING ACK came: the round-trip time if it answers our last PING; None, and nothing else, if it doesn't."""
-        if self._acked or self.last_ping_at is None or payload != self.payload:
+        """An ACK came: the round-trip time in seconds if it is the last PING's first, else None (K3).
+
+        It is an RTT sample even if other life came before it. That it is life too is `note_life`'s business.
+        """
+        if not self._awaiting_ack or payload != self.payload or self.last_ping_at is None:
             return None
-        self._acked = True
+        self._awaiting_ack = False
         self.pings_acked += 1
         rtt = now - self.last_ping_at
         self.note_rtt(rtt)
         return rtt
 
     def note_rtt(self, rtt: float) -> None:
-        """A round-trip time was measured, in seconds."""
+        """A round-trip time measured elsewhere, in seconds, such as that of the SETTINGS and their ACK."""
         self.rtt_last = rtt
-        self.rtt_best = rtt if self.rtt_best is None else min(rtt, self.rtt_best)
+        self.rtt_best = rtt if self.rtt_best is None else min(self.rtt_best, rtt)
         self.rtt_smoothed = rtt if self.rtt_smoothed is None else self.rtt_smoothed + (rtt - self.rtt_smoothed) / 8
 
     def note_gap(self, seconds: float, now: float) -> None:
-        """`seconds` passed that the monotonic clock didn't see: no request and no verdict on what was before (K25)."""
-        if seconds > 0:
-            self.distrust()
-            if self.outstanding:
-                self._extend(now)
+        """`seconds` passed that `now` doesn't count (K25): unverified; an outstanding PING gets ping_timeout anew.
+
+        However long the gap, it is one of the three extensions that K7 grants a PING.
+        """
+        self.distrust()
+        if self.outstanding:
+            self._extend(now)
+            self._arm()
 
     def distrust(self) -> None:
-        """From now until life comes the connection is unverified (K9)."""
-        self._distrusted_at_life = self._lives
+        """The connection is unverified until the next life, though nothing tells that time is missing (K25)."""
+        self._take_in_life()
+        self._distrusted = True
 
     def note_upload_progress(self, now: float) -> None:
-        """The peer's TCP took more of an upload since the last look: an outstanding PING gets more time (K4)."""
-        if self.outstanding:
-            deadline = min(now + self.policy.ping_timeout, self._upload_limit)
-            if deadline > self._deadline:
-                self._deadline = deadline
-                self._state = _State.PINGED
+        """The peer's TCP took more of a running upload since the last look (K4).
+
+        An outstanding PING, also while it is being judged, gets ping_timeout anew, in all by at most 2 x ping_timeout.
+        """
+        self._take_in_life()
+        if not self.outstanding:
+            return
+        # Time that we slept through is for K7 to excuse: charged to the allowance it could leave an overdue deadline
+        # that no longer looks overdue.
+        if not (now - self._judge_at > _LATE and self._extend(now)):
+            shift = min(now + self.policy.ping_timeout - self._judge_at, self._allowance)
+            if shift <= 0:
+                return
+            self._allowance -= shift
+            self._judge_at += shift
+            self._phase = _Phase.PINGED
+        self._arm()
 
     def note_going_away(self) -> None:
-        """GOAWAY was received: from now on PINGs only while a stream is open (K17)."""
+        """GOAWAY was received (K17): K3's PINGs only while a stream is open, whatever while_idle; K9's and K10's end."""
         self._going_away = True
-
-    def note_calm(self, debug_data: bytes) -> bool:
-        """GOAWAY(ENHANCE_YOUR_CALM) was received: whether it is a punishment for our PINGs (K13)."""
-        return self._pings_since_progress >= 2 or debug_data == b"too_many_pings"
-
-    def use_interval(self, read_idle_timeout: float) -> None:
-        """Put another read_idle_timeout in force (K13), for this silence too."""
-        if self.interval is not None and read_idle_timeout != self.interval:
-            self.interval = read_idle_timeout
-            self._silence_limit = self._draw()
+        self._take_in_life()
+        self._arm()
 
     def close(self) -> None:
-        """We said GOAWAY or closed: nothing is due any more (K17)."""
-        self._state = _State.CLOSED
+        """We sent GOAWAY, or closed: no deadline and no PING any more (K17). All later calls are harmless."""
+        self._phase = _Phase.CLOSED
+        self._wake_at = None
 
-    # Questions
-
-    @property
-    def outstanding(self) -> bool:
-        """Whether a PING was sent and no life came since."""
-        return self._state in (_State.PINGED, _State.JUDGING) and self._lives == self._pinged_at_life
-
-    def verified(self, now: float) -> bool:
-        """Whether a request may go out without asking for life first (K9)."""
-        configured = self.policy.read_idle_timeout
-        if configured is None:
-            return True
-        if self._lives == self._distrusted_at_life:
-            return False
-        return now - self.last_life < min(configured, _UNVERIFIED_AFTER)
-
-    # PINGs of other origin: True if one is to be sent now, with `payload`
+    # PINGs of other origin
 
     def ping_for_checkout(self, now: float) -> bool:
-        """A request wants this connection and it is unverified (K9)."""
-        if not self._may_send_extra(now):
+        """A request wants this connection (K9): True if a PING must be sent now, with `payload`.
+
+        False if one is outstanding, if K16 allows no more, after GOAWAY in either direction, or if keepalive is off.
+        """
+        self._take_in_life()
+        if not self._may_ping_extra(now):
             return False
-        self._extra_pings += 1
-        self._send(PingPurpose.CHECKOUT, now)
+        self._ping(PingPurpose.CHECKOUT, now)
         return True
 
     def ping_for_suspicion(self, headers_sent_at: float, now: float) -> bool:
-        """A request was given up whose HEADERS were handed over at `headers_sent_at`: perhaps nobody is there (K10)."""
-        patience = max(1.0, 3 * (self.rtt_smoothed or 0.0))
-        if self.last_life >= headers_sent_at or now - headers_sent_at <= patience:
+        """A request was given up whose HEADERS were sent at `headers_sent_at`: True if a PING must be sent now (K10).
+
+        If no life came since then, and that is longer ago than max(1 s, 3 x smoothed RTT), the connection becomes
+        unverified; the PING is for that case only. False also where `ping_for_checkout` says it, and if a PING of K10 was
+        sent since the last progress.
+        """
+        self._take_in_life()
+        patience = max(_SUSPICIOUS_AFTER, _SUSPICIOUS_ROUND_TRIPS * (self.rtt_smoothed or 0.0))
+        if self.last_life > headers_sent_at or now - headers_sent_at <= patience:
             return False
-        self.distrust()
-        if self._suspicion_pinged or not self._may_send_extra(now):
+        self._distrusted = True
+        if self._suspicion_pinged or not self._may_ping_extra(now):
             return False
         self._suspicion_pinged = True
-        self._extra_pings += 1
-        self._send(PingPurpose.SUSPICION, now)
+        self._ping(PingPurpose.SUSPICION, now)
         return True
 
     def ping_for_user(self, now: float) -> bool:
-        """The application wants a PING; False: one is outstanding, which is its PING too.
+        """The application asked for a PING: True if it must be sent now, False to join the outstanding one, or if closed.
 
-        K16's limits don't apply: they bound what is sent without being asked for.
+        K4 applies to it, even with keepalive off. K16 doesn't: what bounds our PINGs is that nobody asked for them, and
+        a PING held back would be a wrong answer to one who did.
         """
-        if self._state is _State.CLOSED or self.outstanding:
+        self._take_in_life()
+        if self._phase is not _Phase.QUIET:
             return False
-        self._send(PingPurpose.USER, now)
+        self._ping(PingPurpose.USER, now)
         return True
 
     # Time
 
     def next_deadline(self) -> float | None:
-        """When to call `handle_timeout`, None for never. May be too early, never too late."""
-        if self._state is _State.CLOSED:
-            return None
-        if self.outstanding:
-            return self._deadline
-        if self.interval is None or not self._watching():
-            return None
-        if self.last_life > self._silence_since:
-            # A new silence gets its own jitter (K15) when this comes up: the least that it may be.
-            return self._not_too_soon(self.last_life + (1 - self.policy.jitter) * self.interval)
-        return self._not_too_soon(self._silence_since + self._silence_limit)
+        """When to call `handle_timeout`, None if never; may be too early, never too late.
+
+        Only `note_stream_opened`, `use_interval` and the `ping_for_...` methods can move it to an earlier time (or from
+        None): a sleeper must be re-armed then. Other methods move it to a later time or to None, which a sleeper finds
+        out by waking; after `handle_timeout` ask again in any case.
+        """
+        return self._wake_at
 
     def handle_timeout(self, now: float) -> Verdict:
-        """What is to be done at `now`; early and spurious calls change nothing."""
-        if self._state is _State.CLOSED:
+        """Act on the deadline if it has passed; early and spurious calls change nothing.
+
+        Before each call the caller lets the scheduler make two passes, so that a reader woken by waiting bytes notes
+        their life first (K7). Judgement takes two calls, at a PING's deadline and 20 ms later; one that comes more than
+        0.5 s late grants the PING its ping_timeout anew, at most three times. After LOST the timer is closed.
+        """
+        if self._wake_at is None or now < self._wake_at:
             return Verdict.NOTHING
-        if not self.outstanding:
-            self._state = _State.QUIET
-            self._extensions = 0
-            return self._look_at_silence(now)
-        if now < self._deadline:
-            return Verdict.NOTHING
-        if now - self._deadline > _LATE and self._extensions < _MAX_EXTENSIONS:
-            self._extend(now)
-        elif self._state is _State.PINGED:
-            self._state = _State.JUDGING
-            self._deadline = now + _JUDGEMENT_DELAY
+        self._take_in_life()
+        self._looked_at = now
+        if self._phase is _Phase.QUIET:
+            verdict = self._look_at_silence(now)
+        elif now >= self._judge_at:
+            verdict = self._judge(now)
         else:
-            self.close()
-            return Verdict.LOST
-        return Verdict.NOTHING
+            verdict = Verdict.NOTHING
+        self._arm()
+        return verdict
+
+    # Answers
+
+    @property
+    def outstanding(self) -> bool:
+        """A PING was sent and no life came since; False once closed."""
+        return (self._phase is _Phase.PINGED or self._phase is _Phase.JUDGING) and not self._life_seen
+
+    def verified(self, now: float) -> bool:
+        """Whether a request may go out without asking the peer for life first (K9); always True if keepalive is off.
+
+        It may not after min(configured read_idle_timeout, 30 s) of silence, nor between a gap (K25) or a suspicion (K10)
+        and the next life.
+        """
+        if self.policy.read_idle_timeout is None:
+            return True
+        if self._distrusted and not self._life_seen:
+            return False
+        return now - self.last_life < min(self.policy.read_idle_timeout, _MAX_UNVERIFIED_AFTER)
+
+    def use_interval(self, read_idle_timeout: float) -> None:
+        """Make this the interval in force, in seconds (K13); never less than the configured one, nothing if that is None."""
+        if self.policy.read_idle_timeout is None:
+            return
+        self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
+        self._least_interval = (1 - self.policy.jitter) * self.interval
+        self._take_in_life()
+        self._arm()
+
+    def note_calm(self, debug_data: bytes) -> bool:
+        """GOAWAY(ENHANCE_YOUR_CALM) came: whether that is a punishment for our PINGs (K13).
+
+        It is if at least 2 keepalive PINGs (all but the user's) were sent since the last progress, or if `debug_data`
+        says so as gRPC servers do.
+        """
+        return self._keepalive_pings >= _PUNISHABLE_PINGS or debug_data == b"too_many_pings"
 
     # Inside
 
-    def _watching(self) -> bool:
-        """Whether silence matters now (K11, K17)."""
+    def _take_in_life(self) -> None:
+        """Begin a new silence if life came since the last look; whatever decides calls this first."""
+        if not self._life_seen or self._phase is _Phase.CLOSED:
+            return
+        self._life_seen = False
+        self._distrusted = False
+        self._phase = _Phase.QUIET
+        # The later of the two, lest a reader's clock reading older than a PING bring the next one too near (K16).
+        self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
+        self._share = self._random.random()
+
+    @property
+    def _pings_silence(self) -> bool:
+        if self.interval is None:
+            return False
         return self.open_streams > 0 or (self.policy.while_idle and not self._going_away)
 
+    def _ping_due(self) -> float:
+        """When the present silence will have lasted for the jittered interval (K15)."""
+        jitter = (self.interval or 0.0) - self._least_interval
+        return self._silent_since + self._least_interval + jitter * self._share
+
+    def _arm(self) -> None:
+        """Choose when to wake: as late as possible, yet in time for any silence that begins unseen after the last look."""
+        if self._phase is _Phase.CLOSED:
+            return
+        wake_at = math.inf if self._phase is _Phase.QUIET else self._judge_at
+        if self._pings_silence:
+            wake_at = min(wake_at, self._looked_at + self._least_interval)
+            if self._phase is _Phase.QUIET:
+                wake_at = min(wake_at, self._ping_due())
+        self._wake_at = wake_at if wake_at < math.inf else None
+
     def _look_at_silence(self, now: float) -> Verdict:
-        if self.interval is None:
+        if not self._pings_silence or now < self._ping_due():
             return Verdict.NOTHING
-        if self.last_life > self._silence_since:
-            self._silence_since = self.last_life
-            self._silence_limit = self._draw()
-        if not self._watching() or now < self._not_too_soon(self._silence_since + self._silence_limit):
-            return Verdict.NOTHING
-        self._last_idle_ping = now
-        self._send(PingPurpose.IDLE, now)
+        self._ping(PingPurpose.IDLE, now)
         return Verdict.SEND_PING
 
-    def _not_too_soon(self, due: float) -> float:
-        """K16: two PINGs of K3 keep their distance whatever happened in between."""
-        if self._last_idle_ping is None or self.interval is None:
-            return due
-        return max(due, self._last_idle_ping + (1 - self.policy.jitter) * self.interval)
+    def _judge(self, now: float) -> Verdict:
+        """No life came by `_judge_at`, which has passed (K7)."""
+        if now - self._judge_at > _LATE and self._extend(now):
+            return Verdict.NOTHING
+        if self._phase is _Phase.PINGED:
+            self._phase = _Phase.JUDGING
+            self._judge_at = now + _JUDGEMENT
+            return Verdict.NOTHING
+        self.close()
+        return Verdict.LOST
 
-    def _draw(self) -> float:
-        """K15: the silence that this time is too long, in seconds."""
-        if self.interval is None:
-            return 0.0
-        return self.interval * (1 - self.policy.jitter * self._random.random())
-
-    def _may_send_extra(self, now: float) -> bool:
-        """K16: whether a PING beyond K3's may be sent."""
-        if self._state is _State.CLOSED or self.interval is None or self.outstanding:
+    def _extend(self, now: float) -> bool:
+        """Give the outstanding PING its ping_timeout anew, for time that we missed; False if that was done too often."""
+        if self._extensions >= _MAX_EXTENSIONS:
             return False
-        if self._extra_pings < _MAX_EXTRA_PINGS or self.last_ping_at is None:
-            return True
-        return now - self.last_ping_at >= (1 - self.policy.jitter) * self.interval
+        self._extensions += 1
+        self._judge_at = now + self.policy.ping_timeout
+        self._phase = _Phase.PINGED
+        return True
 
-    def _send(self, purpose: PingPurpose, now: float) -> None:
+    def _may_ping_extra(self, now: float) -> bool:
+        """Whether K9 or K10 may send a PING; charges it to K16's budget if it is beyond K3's rate."""
+        if self._phase is not _Phase.QUIET or self.interval is None or self._going_away:
+            return False
+        if self.last_ping_at is not None and now - self.last_ping_at < self._least_interval:
+            if self._extra_pings >= _MAX_EXTRA_PINGS:
+                return False
+            self._extra_pings += 1
+        return True
+
+    def _ping(self, purpose: PingPurpose, now: float) -> None:
+        """A new PING becomes the outstanding one."""
         self.payload = self._random.randbytes(8)
         self.pings_sent += 1
         self.last_ping_at = now
         self.last_ping_purpose = purpose
+        self._awaiting_ack = True
         if purpose is not PingPurpose.USER:
-            self._pings_since_progress += 1
-        self._acked = False
-        self._pinged_at_life = self._lives
-        self._state = _State.PINGED
-        self._deadline = now + self.policy.ping_timeout
-        self._upload_limit = self._deadline + _MAX_UPLOAD_EXTENSION * self.policy.ping_timeout
-
-    def _extend(self, now: float) -> None:
-        """K7: what happened while we weren't there is no evidence; the outstanding PING gets its time anew."""
-        if self._extensions < _MAX_EXTENSIONS:
-            self._extensions += 1
-            self._state = _State.PINGED
-            self._deadline = max(self._deadline, now + self.policy.ping_timeout)
+            self._keepalive_pings += 1
+        self._phase = _Phase.PINGED
+        self._looked_at = now
+        self._judge_at = now + self.policy.ping_timeout
+        self._extensions = 0
+        self._allowance = _UPLOAD_ALLOWANCE * self.policy.ping_timeout
+        self._arm()
 
 
 class IntervalMemory:
-    """What an origin has taught us about our PINGs (K13). Times in seconds on the caller's monotonic clock."""
+    """What punishments taught about one origin (K13): its interval, `configured` seconds at first and at least."""
 
     __slots__ = ("_configured", "_interval", "_punished_at")
 
@@ -414,15 +503,16 @@ class IntervalMemory:
         self._punished_at = 0.0
 
     def punish(self, used: float, now: float) -> tuple[float, float]:
-        """A connection that used `used` was punished: the interval before and from now on."""
+        """A server punished the PINGs of a connection whose interval was `used`: the origin's interval before and after.
+
+        It grows to 2 x `used`, up to 330 s (or the configured interval, where that is longer), and never falls by this.
+        """
         before = self.current(now)
-        self._interval = max(before, min(2 * used, max(self._configured, _CALM_CEILING)))
+        self._interval = min(max(before, 2 * used), max(self._configured, _MAX_PUNISHED_INTERVAL))
         self._punished_at = now
         return before, self._interval
 
     def current(self, now: float) -> float:
-        """The interval in force: halved for each hour without another punishment, never below the configured one."""
-        if self._interval > self._configured:
-            hours = int((now - self._punished_at) // _CALM_HALF_LIFE)
-            return max(self._configured, self._interval / 2.0 ** min(hours, 64))
-        return self._configured
+        """The interval in force, in seconds: halved for each hour since the last punishment, never below configured."""
+        halvings = math.floor((now - self._punished_at) / _FORGIVENESS)
+        return max(self._configured, math.ldexp(self._interval, -halvings))

@@ -53,7 +53,7 @@ class Pair:
         )
         self.server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
         if settings:
-            self.server.local_settings.update(settings)
+            self.server.local_settings = h2.settings.Settings(client=False, initial_values=settings)
         self.server.initiate_connection()
         self.to_server: deque[tuple[float, bytes]] = deque()
         self.to_client: deque[tuple[float, bytes]] = deque()
@@ -147,6 +147,7 @@ class Pair:
 
     def run(self, seconds: float | None = None) -> None:
         """Step until nothing is due, or for so many virtual seconds."""
+        self.pump()
         until = None if seconds is None else self.now + seconds
         while self.step(until):
             pass

@@ -393,9 +393,6 @@ class Connection:
         """EngineHandler."""
         self._credit_due += flow_length
         stream = self._progress(stream_id) if data else self._streams[stream_id]
-        if not stream.response_seen:
-            self._refuse(stream, "a body before the response's head", ErrorCode.PROTOCOL_ERROR)
-            return
         if data:
             stream.empty_frames = 0
             if not stream.buffer:
@@ -532,9 +529,9 @@ class Connection:
         self._close_stream(stream)
         self._events.append(events.StreamFailed(stream.id, error))
 
-    def _refuse(self, stream: Stream, reason: str, error_code: int = ErrorCode.ENHANCE_YOUR_CALM) -> None:
+    def _refuse(self, stream: Stream, reason: str) -> None:
         """The peer misbehaves on one stream (K23)."""
-        self._engine.send_reset(stream.id, error_code)
+        self._engine.send_reset(stream.id, ErrorCode.ENHANCE_YOUR_CALM)
         self._note_reply()
         self._fail_stream(stream, RemoteProtocolError(f"{self.name}: the server sent {reason}; the stream was reset"))
 

@@ -45,7 +45,7 @@ class EngineHandler(Protocol):
         """Trailers came, and with them the stream's end."""
 
     def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
-        """DATA came on an open stream; `flow_length` counts padding too."""
+        """DATA came on an open stream, after its head; `flow_length` counts padding too."""
 
     def on_discarded(self, flow_length: int) -> None:
         """DATA came for a stream that is gone: only its connection credit matters."""

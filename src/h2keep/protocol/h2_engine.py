@@ -189,8 +189,8 @@ class H2Engine:
         frame_type = _FRAME_TYPES.get(kind)
         if frame_type is None:
             return
-        if stream_id and stream_id not in self._streams and self._is_gone(stream_id):
-            self._receive_late(frame_type, flags, stream_id, body)
+        if stream_id and stream_id not in self._streams:
+            self._receive_stray(frame_type, flags, stream_id, body)
             return
         frame = self._parse(frame_type, flags, stream_id, body)
         if frame_type is _DATA:
@@ -227,12 +227,13 @@ class H2Engine:
         state = self._h2.state_machine.state
         try:
             self._h2.receive_data(cast("Any", frame))
-        except h2.exceptions.InvalidBodyLengthError as error:
+        except (h2.exceptions.FlowControlError, h2.exceptions.StreamClosedError) as error:
+            raise RemoteProtocolError(f"the server broke HTTP/2: {_reason(error)}") from error
+        except h2.exceptions.ProtocolError as error:
+            # A body before its head, or one that belies its Content-Length.
             self._handler.on_discarded(frame.flow_controlled_length)
             self._stream_error(frame.stream_id, state, error)
             return
-        except h2.exceptions.ProtocolError as error:
-            raise RemoteProtocolError(f"the server broke HTTP/2: {_reason(error)}") from error
         end_stream = bool(flags & _END_STREAM)
         if end_stream:
             self._tidy(frame.stream_id)
@@ -263,15 +264,11 @@ class H2Engine:
 
     def _receive_headers(self, frame: frames.HeadersFrame) -> None:
         stream_id = frame.stream_id
-        if stream_id not in self._streams and self._is_gone(stream_id):
-            self._decode_late(frame.data)
-            return
         state = self._h2.state_machine.state
         try:
             event = self._h2.receive_data(cast("Any", frame))[0]
         except h2.exceptions.ProtocolError as error:
-            mine = cast("_Decoder", self._h2.decoder).intact and stream_id in self._streams
-            if not mine or isinstance(error, h2.exceptions.StreamClosedError):
+            if not cast("_Decoder", self._h2.decoder).intact or isinstance(error, h2.exceptions.StreamClosedError):
                 raise RemoteProtocolError(f"the server broke HTTP/2: {_reason(error)}") from error
             self._stream_error(stream_id, state, error)
             return
@@ -334,28 +331,29 @@ class H2Engine:
         self._h2.state_machine.state = state
         self._handler.on_goaway(frame.last_stream_id, frame.error_code, bytes(frame.additional_data))
 
-    # Streams that are gone
+    # Streams that are not open
 
-    def _is_gone(self, stream_id: int) -> bool:
-        """Whether frames on this stream may still be under way because it was reset, by either side."""
-        return self._h2._stream_is_closed_by_reset(stream_id)  # noqa: SLF001
-
-    def _receive_late(self, frame_type: type[frames.Frame], flags: int, stream_id: int, body: bytes) -> None:
+    def _receive_stray(self, frame_type: type[frames.Frame], flags: int, stream_id: int, body: bytes) -> None:
+        """A frame on a stream that is over, or never was."""
+        if not stream_id & 1 or stream_id > self._h2.highest_outbound_stream_id:
+            self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame on stream {stream_id}, which was never opened")
+        if frame_type is _RST_STREAM or frame_type is _WINDOW_UPDATE:
+            # Sent before the peer knew that the stream is over (RFC 9113, section 5.1).
+            return
+        if not self._h2._stream_is_closed_by_reset(stream_id):  # noqa: SLF001
+            self._fail(ErrorCode.STREAM_CLOSED, f"a frame on stream {stream_id} after its end")
         if frame_type is _DATA:
             # Padding included: the whole payload was charged to the connection's window.
             self._h2._inbound_flow_control_window_manager.window_consumed(len(body))  # noqa: SLF001
             self._handler.on_discarded(len(body))
-        elif frame_type is _HEADERS or frame_type is _CONTINUATION:
-            block = self._assemble(self._parse(frame_type, flags, stream_id, body), flags)
-            if block is not None:
-                self._decode_late(block.data)
-
-    def _decode_late(self, block: bytes) -> None:
-        # Unread, but the peer's HPACK encoder has moved on, and ours must follow.
-        try:
-            self._h2.decoder.decode(block, raw=True)
-        except hpack.HPACKError as error:
-            self._fail(9, f"a header block that can't be decoded: {error}", error)  # COMPRESSION_ERROR
+            return
+        block = self._assemble(self._parse(frame_type, flags, stream_id, body), flags)
+        if block is not None:
+            # Unread, but the peer's HPACK encoder has moved on, and our decoder must follow.
+            try:
+                self._h2.decoder.decode(block.data, raw=True)
+            except hpack.HPACKError as error:
+                self._fail(9, f"a header block that can't be decoded: {error}", error)  # COMPRESSION_ERROR
 
     def _tidy(self, stream_id: int) -> None:
         """Drop a stream that is closed in both directions, as h2 would when it next walks them all."""

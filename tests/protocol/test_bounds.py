@@ -1,0 +1,527 @@
+"""A peer that misbehaves: K23's bounds, each with the number that it stands for, and malformed input of all kinds."""
+
+from __future__ import annotations
+
+import random
+
+import h2.events
+import h2.settings
+import hpack
+import pytest
+from hyperframe import frame as frames
+from support.pair import Pair
+
+from h2keep.errors import ConnectionLost, PingTimeout, RemoteProtocolError
+from h2keep.keepalive import Keepalive
+from h2keep.protocol import Connection, events
+from h2keep.protocol.flow import (
+    CONNECTION_GROWTH,
+    CONNECTION_WINDOW,
+    INITIAL_WINDOW,
+    MAX_STREAMS,
+    MAX_WINDOW,
+    GrowthBudget,
+    ReceiveWindow,
+)
+
+OFF = Keepalive(read_idle_timeout=None)
+
+
+def frame(kind: type[frames.Frame], stream_id: int, *flags: str, **fields: object) -> bytes:
+    made = kind(stream_id, flags=flags)  # type: ignore[arg-type]
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made.serialize()
+
+
+def resets(pair: Pair) -> list[tuple[int, int]]:
+    return [
+        (event.stream_id, int(event.error_code or 0))
+        for event in pair.server_events
+        if isinstance(event, h2.events.StreamReset)
+    ]
+
+
+def open_response(pair: Pair) -> int:
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.respond(stream_id, end_stream=False)
+    pair.server.send_data(stream_id, b"")
+    pair.run(0.1)
+    return stream_id
+
+
+def goaway_codes(pair: Pair) -> list[int]:
+    return [int(e.error_code or 0) for e in pair.server_events if isinstance(e, h2.events.ConnectionTerminated)]
+
+
+def test_k23_a_flood_of_pings_ends_the_connection() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    flood = frame(frames.PingFrame, 0, opaque_data=b"12345678") * 1_001
+    pair.client.note_life(pair.now)
+    pair.client.receive_data(flood[: 17 * 1_000], pair.now)
+    assert not pair.client.closed
+    pair.client.receive_data(flood[17 * 1_000 :], pair.now)
+    pair.run(0.1)
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+    assert goaway_codes(pair) == [0xB]
+
+
+def test_k12_k23_pings_that_are_answered_in_time_may_be_any_number() -> None:
+    pair = Pair(OFF)
+    for _ in range(5):
+        pair.server_send_raw(frame(frames.PingFrame, 0, opaque_data=b"12345678") * 900)
+        pair.run(0.1)
+    assert not pair.client.closed
+    acks = [event for event in pair.server_events if isinstance(event, h2.events.PingAckReceived)]
+    assert len(acks) == 4_500
+
+
+def test_k12_pings_are_answered_whether_or_not_a_request_is_open_or_read() -> None:
+    pair = Pair(OFF)
+    pair.run(0.1)
+    pair.server.ping(b"no-strea")
+    pair.run(0.1)
+    stream_id = open_response(pair)
+    pair.server.send_data(stream_id, b"x" * 10_000)
+    pair.server.ping(b"unread..")
+    pair.run(0.1)
+    acks = [event.ping_data for event in pair.server_events if isinstance(event, h2.events.PingAckReceived)]
+    assert acks == [b"no-strea", b"unread.."]
+
+
+def test_k23_output_that_does_not_move_while_replies_wait_is_a_loss() -> None:
+    keepalive = Keepalive(read_idle_timeout=10.0, ping_timeout=5.0, jitter=0.0)
+    pair = Pair(keepalive)
+    stream_id = pair.request()
+    pair.run(0.1)
+    client, start = pair.client, pair.now
+    now = start
+    # The peer sends a PING each second and takes nothing: it is alive, and yet the connection is of no use.
+    while not client.closed and now < start + 100:
+        client.note_life(now)
+        client.receive_data(frame(frames.PingFrame, 0, opaque_data=b"12345678"), now)
+        deadline = client.next_deadline()
+        while deadline is not None and deadline <= now + 1.0:
+            client.handle_timeout(deadline)
+            deadline = client.next_deadline()
+        now += 1.0
+    pair._drain_events()
+    error = pair.failure(stream_id)
+    assert isinstance(error, ConnectionLost)
+    assert not isinstance(error, PingTimeout)
+    assert 15.0 <= now - start <= 17.0
+
+
+def test_k23_empty_data_frames_reset_the_stream() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    pair.server_send_raw(frame(frames.DataFrame, stream_id) * 999)
+    pair.run(0.1)
+    assert not resets(pair)
+    pair.server_send_raw(frame(frames.DataFrame, stream_id))
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 0xB)]
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+    assert not pair.client.closed
+
+
+def test_k23_a_byte_between_empty_frames_makes_them_harmless() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    for _ in range(5):
+        pair.server_send_raw(frame(frames.DataFrame, stream_id) * 900)
+        pair.server.send_data(stream_id, b"x")
+        pair.run(0.1)
+    assert not resets(pair)
+    assert pair.client.read(stream_id, pair.now) == b"x" * 5
+
+
+def test_k23_more_than_100_interim_responses_reset_the_stream() -> None:
+    pair = Pair(OFF)
+    stream_id, other = pair.request(), pair.request()
+    pair.run(0.1)
+    for _ in range(101):
+        pair.server.send_headers(stream_id, [(b":status", b"102")])
+    pair.pump()
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 0xB)]
+    assert pair.failure(other) is None
+
+
+def test_k23_header_blocks_are_bounded_in_bytes() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(
+        frame(frames.HeadersFrame, stream_id, data=b"x" * 16_000)
+        + frame(frames.ContinuationFrame, stream_id, data=b"x" * 16_000) * 4
+    )
+    pair.run(0.1)
+    assert goaway_codes(pair) == [0xB]
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+
+
+def test_k23_header_blocks_are_bounded_in_continuations() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(
+        frame(frames.HeadersFrame, stream_id, data=b"")
+        + frame(frames.ContinuationFrame, stream_id, data=b"") * 64
+    )
+    pair.run(0.1)
+    assert goaway_codes(pair) == [0xB]
+
+
+def test_k23_decoded_headers_are_bounded_too() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    bomb = hpack.Encoder()
+    block = bomb.encode([(b":status", b"200"), (b"a", b"x" * 4_000)] + [(b"a", b"x" * 4_000)] * 20)
+    pair.server_send_raw(frame(frames.HeadersFrame, stream_id, "END_HEADERS", data=block))
+    pair.run(0.1)
+    assert pair.client.closed
+    assert goaway_codes(pair) == [0xB]
+
+
+def test_k23_push_is_off_from_the_first_byte_and_a_push_ends_the_connection() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    settings = [event for event in pair.server_events if isinstance(event, h2.events.RemoteSettingsChanged)]
+    assert settings[0].changed_settings[2].new_value == 0
+    block = hpack.Encoder().encode([(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"https")])
+    pair.server_send_raw(
+        frame(frames.PushPromiseFrame, stream_id, "END_HEADERS", data=block, promised_stream_id=2)
+    )
+    pair.run(0.1)
+    assert pair.client.closed
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+
+
+def test_k23_buffered_data_is_one_buffer_whatever_the_number_of_frames() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"x") * 20_000)
+    pair.run(0.1)
+    stream = pair.client._streams[stream_id]
+    assert isinstance(stream.buffer, bytearray)
+    assert len(pair.happened(events.DataReceived)) == 1
+    assert pair.client.read(stream_id, pair.now) == b"x" * 20_000
+
+
+def test_k23_one_reset_a_stream() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    pair.client.release(stream_id, pair.now)
+    pair.client.reset_stream(stream_id, 8, pair.now)
+    pair.pump()
+    for _ in range(10):
+        pair.server.send_data(stream_id, b"late")
+    trailer = pair.server.encoder.encode([(b"late", b"trailer")])
+    pair.server_send_raw(frame(frames.HeadersFrame, stream_id, "END_HEADERS", "END_STREAM", data=trailer))
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 8)]
+    # What came late changed HPACK's table; a later response proves that it was followed.
+    other = pair.request()
+    pair.run(0.1)
+    pair.server.send_headers(other, [(b":status", b"200"), (b"late", b"trailer")], end_stream=True)
+    pair.run(0.1)
+    assert pair.happened(events.ResponseReceived)[-1] == events.ResponseReceived(other, 200, [(b"late", b"trailer")])
+
+
+# Malformed input
+
+
+def test_a_frame_longer_than_allowed_is_refused_before_its_body_came() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(b"\x00\x40\x01\x00\x00" + stream_id.to_bytes(4, "big"))
+    pair.run(0.1)
+    assert goaway_codes(pair) == [6]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(frame(frames.ContinuationFrame, 1, "END_HEADERS", data=b""), id="naked-continuation"),
+        pytest.param(
+            frame(frames.HeadersFrame, 1, data=b"") + frame(frames.PingFrame, 0, opaque_data=b"12345678"),
+            id="interrupted-header-block",
+        ),
+        pytest.param(
+            frame(frames.HeadersFrame, 1, data=b"") + frame(frames.ContinuationFrame, 3, data=b""),
+            id="continuation-of-another-stream",
+        ),
+        pytest.param(frame(frames.HeadersFrame, 1, "END_HEADERS", data=b"\xff\xff\xff\xff\xff\xff"), id="hpack"),
+        pytest.param(b"\x00\x00\x04\x00\x08\x00\x00\x00\x01\xff\x00\x00\x00", id="padding-too-long"),
+        pytest.param(b"\x00\x00\x04\x00\x00\x00\x00\x00\x00abcd", id="data-on-stream-0"),
+        pytest.param(b"\x00\x00\x05\x04\x00\x00\x00\x00\x00abcde", id="settings-of-5-bytes"),
+        pytest.param(b"\x00\x00\x04\x06\x00\x00\x00\x00\x00abcd", id="ping-of-4-bytes"),
+        pytest.param(frame(frames.DataFrame, 99, data=b"x"), id="data-on-idle-stream"),
+        pytest.param(frame(frames.RstStreamFrame, 99), id="reset-of-idle-stream"),
+        pytest.param(frame(frames.HeadersFrame, 2, "END_HEADERS", data=b"\x88"), id="headers-on-even-stream"),
+        pytest.param(frame(frames.WindowUpdateFrame, 0, window_increment=2**31 - 1), id="window-overflow"),
+    ],
+)
+def test_violations_end_the_connection_with_one_clean_error(raw: bytes) -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(raw)
+    pair.run(0.1)
+    error = pair.failure(stream_id)
+    assert isinstance(error, RemoteProtocolError)
+    assert "the server broke HTTP/2" in str(error)
+    assert goaway_codes(pair)
+    assert len(pair.happened(events.ConnectionClosed)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        pytest.param([(":status", "200"), ("content-length", "5")], b"toolong", id="body-longer-than-declared"),
+        pytest.param([(":status", "200"), ("content-length", "50")], b"short", id="body-shorter-than-declared"),
+        pytest.param([("server", "x")], b"", id="no-status"),
+        pytest.param([(":status", "200"), ("Upper", "x")], b"", id="upper-case"),
+        pytest.param([(":status", "200"), ("connection", "close")], b"", id="connection-specific"),
+        pytest.param([(":status", "200"), ("content-length", "x")], b"", id="bad-length"),
+    ],
+)
+def test_a_malformed_response_fails_its_stream_alone(fields: list[tuple[str, str]], body: bytes) -> None:
+    pair = Pair(OFF)
+    stream_id, other = pair.request(), pair.request()
+    pair.run(0.1)
+    block = pair.server.encoder.encode(fields)
+    flags = ("END_HEADERS",) if body else ("END_HEADERS", "END_STREAM")
+    raw = frame(frames.HeadersFrame, stream_id, *flags, data=block)
+    if body:
+        raw += frame(frames.DataFrame, stream_id, "END_STREAM", data=body)
+    pair.server_send_raw(raw)
+    pair.run(0.1)
+    error = pair.failure(stream_id)
+    assert isinstance(error, RemoteProtocolError)
+    assert "malformed response" in str(error)
+    assert not pair.client.closed
+    pair.respond(other, b"unharmed")
+    pair.run(0.1)
+    assert pair.client.read(other, pair.now) == b"unharmed"
+
+
+def test_a_body_before_the_head_resets_the_stream() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"x"))
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 1)]
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+
+
+def test_a_stream_window_that_overflows_resets_the_stream_alone() -> None:
+    pair = Pair(OFF)
+    stream_id, other = pair.request(end_stream=False), pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(frame(frames.WindowUpdateFrame, stream_id, window_increment=2**31 - 1))
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 3)]
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+    assert pair.failure(other) is None
+
+
+def test_frames_that_ask_nothing_of_a_client_are_skipped() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(
+        frame(frames.PriorityFrame, stream_id)
+        + frame(frames.AltSvcFrame, 0, origin=b"example.com", field=b'h3=":443"')
+        + b"\x00\x00\x02\xfa\x00\x00\x00\x00\x00hi"
+        + frame(frames.WindowUpdateFrame, stream_id, window_increment=10)
+        + frame(frames.PingFrame, 0, "ACK", opaque_data=b"not-ours")
+    )
+    pair.respond(stream_id, b"ok")
+    pair.run(0.1)
+    assert pair.client.read(stream_id, pair.now) == b"ok"
+
+
+def test_frames_after_the_streams_end_end_the_connection() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.respond(stream_id, b"all")
+    pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"more"))
+    pair.run(0.1)
+    assert pair.client.read(stream_id, pair.now) == b"all"
+    assert pair.client.closed
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_garbage_never_escapes_as_anything_but_events(seed: int) -> None:
+    """Valid frames with flipped bytes, in pieces of any size: one clean end at most, and no other exception."""
+    choose = random.Random(seed)
+    pair = Pair(OFF, chop=True, seed=seed)
+    streams = [pair.request(), pair.request(end_stream=False)]
+    pair.run(0.1)
+    for stream_id in streams:
+        pair.server.send_headers(stream_id, [(b":status", b"200"), (b"server", b"x")])
+        pair.server.send_data(stream_id, choose.randbytes(100), pad_length=choose.choice([None, 5]))
+    pair.server.ping(b"12345678")
+    raw = bytearray(pair.server.data_to_send())
+    for _ in range(choose.randint(1, 6)):
+        raw[choose.randrange(len(raw))] ^= 1 << choose.randrange(8)
+    pair._client_receives(bytes(raw))
+    pair.client.data_to_send(100_000, pair.now)
+    pair._drain_events()
+    for stream_id in streams:
+        error = pair.failure(stream_id)
+        assert error is None or type(error).__module__ == "h2keep.errors"
+
+
+# Flow control
+
+
+def test_credit_is_renewed_as_the_application_consumes_and_not_before() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    for _ in range(8):
+        pair.server.send_data(stream_id, b"x" * 16_384)
+        pair.run(0.1)
+    assert pair.server.local_flow_control_window(stream_id) == 0
+    assert len(pair.client.read(stream_id, pair.now)) == INITIAL_WINDOW
+    pair.run(0.1)
+    assert pair.server.local_flow_control_window(stream_id) == INITIAL_WINDOW
+
+
+def test_connection_credit_is_returned_on_receipt_padding_and_dead_streams_included() -> None:
+    pair = Pair(OFF)
+    unread = [open_response(pair) for _ in range(20)]
+    dead = open_response(pair)
+    pair.client.release(dead, pair.now)
+    before = pair.server.outbound_flow_control_window
+    for stream_id in unread:
+        for _ in range(7):
+            pair.server.send_data(stream_id, b"x" * 15_000, pad_length=200)
+    for _ in range(8):
+        pair.server.send_data(dead, b"x" * 16_000)
+    pair.pump()
+    pair.run(0.1)
+    missing = before - pair.server.outbound_flow_control_window
+    assert 0 <= missing < 1024 * 1024
+    assert pair.server.outbound_flow_control_window <= CONNECTION_WINDOW
+
+
+def test_padding_is_consumed_when_it_arrives() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    for _ in range(500):
+        pair.server.send_data(stream_id, b"x", pad_length=255)
+        pair.run(0.1)
+    # 128,500 bytes came, of which the application has 500 to read.
+    assert pair.server.local_flow_control_window(stream_id) > INITIAL_WINDOW // 2 - 1_000
+
+
+def test_unread_responses_never_stall_their_siblings() -> None:
+    pair = Pair(OFF, settings={h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 256})
+    pair.run(0.1)
+    unread = [open_response(pair) for _ in range(200)]
+    for stream_id in unread:
+        while pair.server.local_flow_control_window(stream_id) >= 16_384:
+            pair.server.send_data(stream_id, b"x" * 16_384)
+        pair.run(0.05)
+    other = pair.request()
+    pair.run(0.1)
+    pair.respond(other, b"small")
+    pair.run(0.1)
+    assert pair.client.read(other, pair.now) == b"small"
+
+
+def test_complete_responses_that_nobody_reads_take_up_room() -> None:
+    pair = Pair(OFF)
+    pair.run(0.1)
+    free = pair.client.free_slots
+    streams = []
+    for _ in range(4):
+        stream_id = open_response(pair)
+        for _ in range(7):
+            pair.server.send_data(stream_id, b"x" * 16_384)
+        pair.server.send_data(stream_id, b"x" * 16_384, end_stream=True)
+        pair.run(0.1)
+        streams.append(stream_id)
+    assert pair.client.open_streams == 0
+    assert pair.client.free_slots == free - 4
+    pair.client.read(streams[0], pair.now)
+    pair.client.release(streams[0], pair.now)
+    pair.client.release(streams[1], pair.now)
+    assert pair.client.free_slots == free - 2
+
+
+def test_a_window_grows_where_the_bandwidth_delay_product_asks_for_it() -> None:
+    budget = GrowthBudget(CONNECTION_GROWTH)
+    window = ReceiveWindow(budget, 0.0)
+    now, rtt = 0.0, 0.05
+    for _ in range(60):
+        now += rtt
+        window.consume(window.size, now, rtt)
+    assert window.size == MAX_WINDOW
+    assert budget.available == CONNECTION_GROWTH - (MAX_WINDOW - INITIAL_WINDOW)
+    window.release()
+    assert budget.available == CONNECTION_GROWTH
+
+
+def test_a_window_that_is_not_the_limit_does_not_grow() -> None:
+    window = ReceiveWindow(GrowthBudget(CONNECTION_GROWTH), 0.0)
+    assert window.consume(1_000, 0.1, 0.001) == 0
+    assert window.consume(INITIAL_WINDOW // 2, 10.0, 0.001) == INITIAL_WINDOW // 2 + 1_000
+    assert window.consume(INITIAL_WINDOW, 10.1, None) == INITIAL_WINDOW
+    assert window.size == INITIAL_WINDOW
+
+
+def test_growth_is_bounded_by_the_connection_and_by_the_process() -> None:
+    process = GrowthBudget(3 * INITIAL_WINDOW)
+    connections = [GrowthBudget(2 * INITIAL_WINDOW, process) for _ in range(2)]
+    windows = [ReceiveWindow(budget, 0.0) for budget in connections for _ in range(3)]
+    for step in range(1, 10):
+        for window in windows:
+            window.consume(window.size, step * 0.1, 0.1)
+    assert [window.size // INITIAL_WINDOW for window in windows] == [2, 2, 1, 2, 1, 1]
+    for window in windows:
+        window.release()
+    assert process.available == 3 * INITIAL_WINDOW
+    assert MAX_STREAMS * INITIAL_WINDOW + CONNECTION_GROWTH == 64 * 1024 * 1024
+
+
+def test_the_sum_of_promises_stays_bounded_whatever_is_read() -> None:
+    pair = Pair(OFF, latency=0.05)
+    budget = pair.client._growth
+    streams = [open_response(pair) for _ in range(8)]
+    choose = random.Random(1)
+    for _ in range(300):
+        for stream_id in streams:
+            room = pair.server.local_flow_control_window(stream_id)
+            for _ in range(min(room // 16_384, 8)):
+                pair.server.send_data(stream_id, b"x" * 16_384)
+        pair.run(0.1)
+        for stream_id in streams:
+            if choose.random() < 0.9:
+                pair.client.read(stream_id, pair.now)
+        promised = sum(
+            pair.server.streams[stream_id].outbound_flow_control_window
+            + len(pair.client._streams[stream_id].buffer)
+            for stream_id in streams
+        )
+        assert promised <= 8 * INITIAL_WINDOW + CONNECTION_GROWTH
+    for stream_id in streams:
+        pair.client.release(stream_id, pair.now)
+    assert budget.available == CONNECTION_GROWTH
+
+
+def test_a_connection_needs_nothing_but_its_arguments() -> None:
+    connection = Connection(OFF, random.Random(), 0.0)
+    assert connection.data_to_send(10, 0.0).startswith(b"PRI * HTTP/2.0")
+    assert not connection.has_data_to_send()
