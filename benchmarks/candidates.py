@@ -87,8 +87,8 @@ class Pyreqwest:
 
     @asynccontextmanager
     async def lines(self, path: str, *, live: bool = False) -> AsyncIterator[AsyncIterator[str]]:
-        # By default a body is held back until it is over or 64 KiB of it are there. Without that its HTTP/2 takes a flood
-        # of small frames for an attack and ends the connection: so each way has its uses, and its fair case.
+        # By default a body is held back until it is over or 64 KiB of it are there. Without that, its HTTP/2 takes a
+        # flood of small frames for an attack and ends the connection: so each case is given the way that suits it.
         request = self._client.get(self._base + path)
         if live:
             request = request.streamed_read_buffer_limit(0)

@@ -57,7 +57,7 @@ def _fanin(concurrency: int, wait: float) -> Case:
     return Case(
         f"fanin@{concurrency}",
         "fanin",
-        {"concurrency": concurrency, "wait": wait, "warmup": 1, "seconds": 4},
+        {"concurrency": concurrency, "wait": wait, "warmup": 1, "seconds": 5},
         (
             Column("per_second", "requests/s"),
             Column("cpu_us", "client CPU µs/request"),
@@ -110,7 +110,7 @@ CASES = (
         (*LATENCY, Column("requests", "requests"), Column("per_second", "bulk MiB/s"), *BUSY),
         quick={"seconds": 2},
     ),
-    # Both 2,048 requests a second: only how many are in flight differs.
+    # Both about 2,048 requests a second: only how many are in flight differs.
     _fanin(16, 16 / 2048),
     _fanin(4096, 2.0),
     Case(

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -199,27 +200,30 @@ async def bulk_latency(client: Client, p: Parameters) -> Metrics:
 
 
 async def fanin(client: Client, p: Parameters) -> Metrics:
-    """Slow answers, `concurrency` in flight at all times, started evenly over one answer's time.
+    """Slow answers, `concurrency` in flight at all times.
 
-    Requests a second are `concurrency` / `wait`: compare two cases of the same rate, and only the number in flight
-    differs. Measured is the time when all have started and none has stopped.
+    Compare two cases of the same `concurrency` / `wait`, about the number of requests a second: then only how many
+    are in flight differs. Each answer takes within a quarter more or less than `wait`, lest they come in bunches.
+    Measured is the time when all have started and none has stopped.
     """
     number, wait = p.count("concurrency"), p["wait"]
-    path = f"/answer?size=500&wait={wait}s"
+    ramp = max(wait, 1.0)
     late: list[float] = []
+    random = Random(1)
 
     async def ask(delay: float) -> None:
         await anyio.sleep(delay)
         while True:
+            mine = wait * random.uniform(0.75, 1.25)
             start = time.perf_counter()
-            await _post(client, path)
-            late.append(time.perf_counter() - start - wait)
+            await _post(client, f"/answer?size=500&wait={mine:.6f}s")
+            late.append(time.perf_counter() - start - mine)
 
     await _post(client, "/answer?size=500")
     async with anyio.create_task_group() as tasks:
         for i in range(number):
-            tasks.start_soon(ask, i / number * max(wait, 1.0))
-        await anyio.sleep(max(wait, 1.0) + p["warmup"])
+            tasks.start_soon(ask, i / number * ramp)
+        await anyio.sleep(ramp + p["warmup"])
         late.clear()
         with Window(p.stats) as window:
             await anyio.sleep(p["seconds"])

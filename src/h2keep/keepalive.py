@@ -22,7 +22,7 @@ _JUDGEMENT = 0.02
 #: A deadline handled later than this was slept or blocked through by ourselves, in seconds (K7).
 _LATE = 0.5
 _MAX_EXTENSIONS = 3
-#: In all, uploads extend one PING's deadline by this many ping_timeouts (K4).
+#: In all, uploads move one PING's deadline by this many ping_timeouts (K4).
 _UPLOAD_ALLOWANCE = 2.0
 #: PINGs beyond K3's rate that may go out without progress between them (K16).
 _MAX_EXTRA_PINGS = 2
@@ -49,30 +49,26 @@ class RandomSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """How connections are kept alive and found dead (K1). Times are in seconds.
-
-    A connection on which nothing came for `read_idle_timeout` gets a PING; if nothing at all comes within
-    `ping_timeout` after it, the connection is lost. `read_idle_timeout=None` switches keepalive off. With `while_idle`
-    PINGs also go out while no request is open, which some servers punish (K11). The interval is shortened at random by
-    up to the fraction `jitter`, so that many clients don't ping in step (K15).
+    """How connections are kept alive and found dead (K1).
 
     Raises `ValueError` if a time is not a finite number above 0, or jitter not in [0, 1).
     """
 
+    #: Silence, in seconds, after which a PING is sent (K3). None switches keepalive off.
     read_idle_timeout: float | None = 30.0
+    #: Seconds after a PING without any byte from the peer, after which the connection is lost (K4).
     ping_timeout: float = 15.0
+    #: Whether PINGs also go out while no request is open, which some servers punish (K11).
     while_idle: bool = False
+    #: The fraction by which read_idle_timeout is shortened at random, at most, lest many clients ping in step (K15).
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.read_idle_timeout is not None and not (
-            _is_finite(self.read_idle_timeout) and self.read_idle_timeout > 0
-        ):
-            raise ValueError(
-                f"read_idle_timeout must be a finite number of seconds above 0, or None, not {self.read_idle_timeout!r}"
-            )
-        if not (_is_finite(self.ping_timeout) and self.ping_timeout > 0):
-            raise ValueError(f"ping_timeout must be a finite number of seconds above 0, not {self.ping_timeout!r}")
+        for name in ("read_idle_timeout", "ping_timeout"):
+            value = getattr(self, name)
+            off = name == "read_idle_timeout" and value is None
+            if not off and not (_is_finite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number of seconds above 0, not {value!r}")
         if not isinstance(self.while_idle, bool):
             raise ValueError(f"while_idle must be True or False, not {self.while_idle!r}")
         if not (_is_finite(self.jitter) and 0 <= self.jitter < 1):
@@ -115,45 +111,18 @@ class _Phase(enum.Enum):
 class KeepaliveTimer:
     """Decides for one connection when a PING is due and when the peer is dead.
 
-    `now` is the moment at which the connection became ready; `random` is asked for a fraction once per silence (K15) and
-    for 8 bytes per PING (K3).
-
-    Whoever runs it sleeps until `next_deadline` and calls `handle_timeout`. Life never moves the deadline, let alone to an
-    earlier time, so arriving bytes need not touch the sleeper (K14): the timer looks at them when it wakes.
+    `now` is the moment at which the connection became ready; `random` gives a fraction for each silence (K15) and
+    8 bytes for each PING (K3). Whoever runs it sleeps until `next_deadline`, then calls `handle_timeout`. Life never
+    moves the deadline, so arriving bytes need not touch the sleeper: the timer looks at them when it wakes (K14).
     """
 
     __slots__ = (
-        "_allowance",
-        "_awaiting_ack",
-        "_distrusted",
-        "_extensions",
-        "_extra_pings",
-        "_going_away",
-        "_judge_at",
-        "_keepalive_pings",
-        "_least_interval",
-        "_life_seen",
-        "_looked_at",
-        "_phase",
-        "_random",
-        "_share",
-        "_silent_since",
-        "_suspicion_pinged",
-        "_wake_at",
-        "interval",
-        "last_life",
-        "last_ping_at",
-        "last_ping_purpose",
-        "open_streams",
-        "payload",
-        "pings_acked",
-        "pings_sent",
-        "policy",
-        "ready_at",
-        "rtt_best",
-        "rtt_last",
+        "_allowance", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
+        "_keepalive_pings", "_least_interval", "_life_seen", "_looked_at", "_phase", "_random", "_share",
+        "_silent_since", "_suspicion_pinged", "_wake_at", "interval", "last_life", "last_ping_at", "last_ping_purpose",
+        "open_streams", "payload", "pings_acked", "pings_sent", "policy", "ready_at", "rtt_best", "rtt_last",
         "rtt_smoothed",
-    )
+    )  # fmt: skip
 
     def __init__(self, policy: Keepalive, random: RandomSource, now: float) -> None:
         #: As configured; never changes.
@@ -164,36 +133,29 @@ class KeepaliveTimer:
         self.ready_at = now
         #: When the last byte came from the peer (K2); before the first, when the connection became ready.
         self.last_life = now
-        #: The number of streams open.
         self.open_streams = 0
-        #: PINGs sent, of whatever purpose.
+        #: PINGs sent, of whatever purpose, and those whose own ACK came (a PING may be answered by other life alone).
         self.pings_sent = 0
-        #: PINGs whose own ACK came; other life may have come in place of the others'.
         self.pings_acked = 0
-        #: The last PING's 8 bytes, b"" before the first.
+        #: The last PING's 8 bytes, b"" before the first; when and why it was sent, None before the first.
         self.payload = b""
-        #: When the last PING was to be sent, None before the first.
         self.last_ping_at: float | None = None
-        #: Why the last PING was sent, None before the first.
         self.last_ping_purpose: PingPurpose | None = None
-        #: The last round-trip time, in seconds; this and the next two are None before the first was measured.
+        #: Round-trip times in seconds, None before the first: the last, the shortest, and their average (RFC 6298's).
         self.rtt_last: float | None = None
-        #: The shortest round-trip time.
         self.rtt_best: float | None = None
-        #: The round-trip time averaged as in RFC 6298: each new one counts for an eighth.
         self.rtt_smoothed: float | None = None
 
         self._random = random
         self._phase = _Phase.QUIET
         self._going_away = False
-        self._least_interval = (1 - policy.jitter) * (policy.read_idle_timeout or 0.0)
-        # Life that no other method has looked at yet. A flag, as life may bear the very time of the PING that it ends.
+        # Life that nothing but note_life knows of yet. A flag, as life may bear the very time of the PING that it ends.
         self._life_seen = False
+        # Up to here there is no other unknown life.
+        self._looked_at = now
         self._silent_since = now
         self._share = random.random()
-        # Life noted from now on is not older than this.
-        self._looked_at = now
-        self._wake_at: float | None = None
+        self._least_interval = (1 - policy.jitter) * (self.interval or 0.0)
         self._judge_at = now
         self._extensions = 0
         self._allowance = 0.0
@@ -203,12 +165,13 @@ class KeepaliveTimer:
         self._keepalive_pings = 0
         self._extra_pings = 0
         self._suspicion_pinged = False
+        self._wake_at: float | None = None
         self._arm()
 
     # Facts
 
     def note_life(self, now: float) -> None:
-        """Bytes came from the peer, any (K2); ends "outstanding" and "unverified". Call it before anything reads them."""
+        """Any bytes came from the peer (K2): no PING is outstanding any more, and the connection is verified."""
         self.last_life = now
         self._life_seen = True
 
@@ -231,9 +194,9 @@ class KeepaliveTimer:
         self._arm()
 
     def note_ping_ack(self, payload: bytes, now: float) -> float | None:
-        """An ACK came: the round-trip time in seconds if it is the last PING's first, else None (K3).
+        """An ACK came: the round-trip time in seconds if it is the first of the last PING, else None (K3).
 
-        It is an RTT sample even if other life came before it. That it is life too is `note_life`'s business.
+        It is a sample even if other life came before it. That it is life itself is for `note_life` to be told.
         """
         if not self._awaiting_ack or payload != self.payload or self.last_ping_at is None:
             return None
@@ -244,13 +207,13 @@ class KeepaliveTimer:
         return rtt
 
     def note_rtt(self, rtt: float) -> None:
-        """A round-trip time measured elsewhere, in seconds, such as that of the SETTINGS and their ACK."""
+        """A round-trip time was measured elsewhere, in seconds: that of the SETTINGS and their ACK."""
         self.rtt_last = rtt
         self.rtt_best = rtt if self.rtt_best is None else min(self.rtt_best, rtt)
         self.rtt_smoothed = rtt if self.rtt_smoothed is None else self.rtt_smoothed + (rtt - self.rtt_smoothed) / 8
 
     def note_gap(self, seconds: float, now: float) -> None:
-        """`seconds` passed that `now` doesn't count (K25): unverified; an outstanding PING gets ping_timeout anew.
+        """`seconds` passed that `now` doesn't count: unverified, and an outstanding PING gets ping_timeout anew (K25).
 
         However long the gap, it is one of the three extensions that K7 grants a PING.
         """
@@ -260,20 +223,20 @@ class KeepaliveTimer:
             self._arm()
 
     def distrust(self) -> None:
-        """The connection is unverified until the next life, though nothing tells that time is missing (K25)."""
+        """The connection is unverified until life comes, though no time is known to be missing (K25: wall clock)."""
         self._take_in_life()
         self._distrusted = True
 
     def note_upload_progress(self, now: float) -> None:
-        """The peer's TCP took more of a running upload since the last look (K4).
+        """The peer's TCP acknowledged more of a running upload since the last look (K4).
 
-        An outstanding PING, also while it is being judged, gets ping_timeout anew, in all by at most 2 x ping_timeout.
+        An outstanding PING, also while it is judged, gets ping_timeout anew, in all by at most 2 x ping_timeout.
         """
         self._take_in_life()
         if not self.outstanding:
             return
-        # Time that we slept through is for K7 to excuse: charged to the allowance it could leave an overdue deadline
-        # that no longer looks overdue.
+        # Time that we slept through is K7's to excuse. Charged to the allowance, it could use that up and still leave
+        # a deadline that has passed, but no longer long enough ago to be excused.
         if not (now - self._judge_at > _LATE and self._extend(now)):
             shift = min(now + self.policy.ping_timeout - self._judge_at, self._allowance)
             if shift <= 0:
@@ -284,8 +247,24 @@ class KeepaliveTimer:
         self._arm()
 
     def note_going_away(self) -> None:
-        """GOAWAY was received (K17): K3's PINGs only while a stream is open, whatever while_idle; K9's and K10's end."""
+        """GOAWAY came (K17): K3's PINGs only while a stream is open, whatever while_idle; none of K9 and K10."""
         self._going_away = True
+        self._take_in_life()
+        self._arm()
+
+    def note_calm(self, debug_data: bytes) -> bool:
+        """GOAWAY(ENHANCE_YOUR_CALM) came: whether that punishes our PINGs (K13).
+
+        So it does if 2 or more PINGs (not the user's) were sent since the last progress, or `debug_data` says so.
+        """
+        return self._keepalive_pings >= _PUNISHABLE_PINGS or debug_data == b"too_many_pings"
+
+    def use_interval(self, read_idle_timeout: float) -> None:
+        """Put another interval in force, in seconds (K13): never below the configured one, none if keepalive is off."""
+        if self.policy.read_idle_timeout is None:
+            return
+        self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
+        self._least_interval = (1 - self.policy.jitter) * self.interval
         self._take_in_life()
         self._arm()
 
@@ -311,8 +290,8 @@ class KeepaliveTimer:
         """A request was given up whose HEADERS were sent at `headers_sent_at`: True if a PING must be sent now (K10).
 
         If no life came since then, and that is longer ago than max(1 s, 3 x smoothed RTT), the connection becomes
-        unverified; the PING is for that case only. False also where `ping_for_checkout` says it, and if a PING of K10 was
-        sent since the last progress.
+        unverified; the PING is for that case only. Also False where `ping_for_checkout` would be, and if a PING of
+        K10 was sent since the last progress.
         """
         self._take_in_life()
         patience = max(_SUSPICIOUS_AFTER, _SUSPICIOUS_ROUND_TRIPS * (self.rtt_smoothed or 0.0))
@@ -326,10 +305,9 @@ class KeepaliveTimer:
         return True
 
     def ping_for_user(self, now: float) -> bool:
-        """The application asked for a PING: True if it must be sent now, False to join the outstanding one, or if closed.
+        """The application wants a PING: True if it must be sent now; False: join the outstanding one, or it is closed.
 
-        K4 applies to it, even with keepalive off. K16 doesn't: what bounds our PINGs is that nobody asked for them, and
-        a PING held back would be a wrong answer to one who did.
+        K4 applies to it, even with keepalive off. K16 doesn't: that bounds what nobody asked for.
         """
         self._take_in_life()
         if self._phase is not _Phase.QUIET:
@@ -342,9 +320,9 @@ class KeepaliveTimer:
     def next_deadline(self) -> float | None:
         """When to call `handle_timeout`, None if never; may be too early, never too late.
 
-        Only `note_stream_opened`, `use_interval` and the `ping_for_...` methods can move it to an earlier time (or from
-        None): a sleeper must be re-armed then. Other methods move it to a later time or to None, which a sleeper finds
-        out by waking; after `handle_timeout` ask again in any case.
+        Only `note_stream_opened`, `use_interval` and the `ping_for_...` methods can move it to an earlier time, or from
+        None: a sleeper must be re-armed then. Others move it later or to None, which a sleeper may find out by waking.
+        After `handle_timeout` ask again.
         """
         return self._wake_at
 
@@ -359,12 +337,13 @@ class KeepaliveTimer:
             return Verdict.NOTHING
         self._take_in_life()
         self._looked_at = now
+        verdict = Verdict.NOTHING
         if self._phase is _Phase.QUIET:
-            verdict = self._look_at_silence(now)
+            if self._pings_silence and now >= self._ping_due():
+                self._ping(PingPurpose.IDLE, now)
+                verdict = Verdict.SEND_PING
         elif now >= self._judge_at:
             verdict = self._judge(now)
-        else:
-            verdict = Verdict.NOTHING
         self._arm()
         return verdict
 
@@ -372,37 +351,19 @@ class KeepaliveTimer:
 
     @property
     def outstanding(self) -> bool:
-        """A PING was sent and no life came since; False once closed."""
+        """Whether a PING was sent and no life came since; False once closed."""
         return (self._phase is _Phase.PINGED or self._phase is _Phase.JUDGING) and not self._life_seen
 
     def verified(self, now: float) -> bool:
         """Whether a request may go out without asking the peer for life first (K9); always True if keepalive is off.
 
-        It may not after min(configured read_idle_timeout, 30 s) of silence, nor between a gap (K25) or a suspicion (K10)
-        and the next life.
+        Not after min(configured read_idle_timeout, 30 s) of silence, nor from a gap or a suspicion until the next life.
         """
         if self.policy.read_idle_timeout is None:
             return True
         if self._distrusted and not self._life_seen:
             return False
         return now - self.last_life < min(self.policy.read_idle_timeout, _MAX_UNVERIFIED_AFTER)
-
-    def use_interval(self, read_idle_timeout: float) -> None:
-        """Make this the interval in force, in seconds (K13); never less than the configured one, nothing if that is None."""
-        if self.policy.read_idle_timeout is None:
-            return
-        self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
-        self._least_interval = (1 - self.policy.jitter) * self.interval
-        self._take_in_life()
-        self._arm()
-
-    def note_calm(self, debug_data: bytes) -> bool:
-        """GOAWAY(ENHANCE_YOUR_CALM) came: whether that is a punishment for our PINGs (K13).
-
-        It is if at least 2 keepalive PINGs (all but the user's) were sent since the last progress, or if `debug_data`
-        says so as gRPC servers do.
-        """
-        return self._keepalive_pings >= _PUNISHABLE_PINGS or debug_data == b"too_many_pings"
 
     # Inside
 
@@ -413,23 +374,24 @@ class KeepaliveTimer:
         self._life_seen = False
         self._distrusted = False
         self._phase = _Phase.QUIET
-        # The later of the two, lest a reader's clock reading older than a PING bring the next one too near (K16).
+        # The later of the two, lest life dated before a PING that it came after bring the next one too near (K16).
         self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
         self._share = self._random.random()
 
     @property
     def _pings_silence(self) -> bool:
+        """Whether K3 applies: not to unused connections (K11, K17)."""
         if self.interval is None:
             return False
         return self.open_streams > 0 or (self.policy.while_idle and not self._going_away)
 
     def _ping_due(self) -> float:
         """When the present silence will have lasted for the jittered interval (K15)."""
-        jitter = (self.interval or 0.0) - self._least_interval
-        return self._silent_since + self._least_interval + jitter * self._share
+        spread = (self.interval or 0.0) - self._least_interval
+        return self._silent_since + self._least_interval + spread * self._share
 
     def _arm(self) -> None:
-        """Choose when to wake: as late as possible, yet in time for any silence that begins unseen after the last look."""
+        """Choose when to wake: as late as can be, yet in time for any silence that begins after the last look."""
         if self._phase is _Phase.CLOSED:
             return
         wake_at = math.inf if self._phase is _Phase.QUIET else self._judge_at
@@ -439,14 +401,8 @@ class KeepaliveTimer:
                 wake_at = min(wake_at, self._ping_due())
         self._wake_at = wake_at if wake_at < math.inf else None
 
-    def _look_at_silence(self, now: float) -> Verdict:
-        if not self._pings_silence or now < self._ping_due():
-            return Verdict.NOTHING
-        self._ping(PingPurpose.IDLE, now)
-        return Verdict.SEND_PING
-
     def _judge(self, now: float) -> Verdict:
-        """No life came by `_judge_at`, which has passed (K7)."""
+        """No life came until `_judge_at`, which has passed (K7)."""
         if now - self._judge_at > _LATE and self._extend(now):
             return Verdict.NOTHING
         if self._phase is _Phase.PINGED:
@@ -457,7 +413,7 @@ class KeepaliveTimer:
         return Verdict.LOST
 
     def _extend(self, now: float) -> bool:
-        """Give the outstanding PING its ping_timeout anew, for time that we missed; False if that was done too often."""
+        """Give the outstanding PING its ping_timeout anew, for time that we missed; False if done too often."""
         if self._extensions >= _MAX_EXTENSIONS:
             return False
         self._extensions += 1
@@ -466,7 +422,7 @@ class KeepaliveTimer:
         return True
 
     def _may_ping_extra(self, now: float) -> bool:
-        """Whether K9 or K10 may send a PING; charges it to K16's budget if it is beyond K3's rate."""
+        """Whether K9 or K10 may send a PING; charges K16's budget if it comes faster than K3 would."""
         if self._phase is not _Phase.QUIET or self.interval is None or self._going_away:
             return False
         if self.last_ping_at is not None and now - self.last_ping_at < self._least_interval:
@@ -503,7 +459,7 @@ class IntervalMemory:
         self._punished_at = 0.0
 
     def punish(self, used: float, now: float) -> tuple[float, float]:
-        """A server punished the PINGs of a connection whose interval was `used`: the origin's interval before and after.
+        """PINGs of a connection whose interval was `used` were punished: the origin's interval before and after.
 
         It grows to 2 x `used`, up to 330 s (or the configured interval, where that is longer), and never falls by this.
         """
@@ -514,5 +470,5 @@ class IntervalMemory:
 
     def current(self, now: float) -> float:
         """The interval in force, in seconds: halved for each hour since the last punishment, never below configured."""
-        halvings = math.floor((now - self._punished_at) / _FORGIVENESS)
+        halvings = max(0, math.floor((now - self._punished_at) / _FORGIVENESS))
         return max(self._configured, math.ldexp(self._interval, -halvings))

@@ -105,10 +105,11 @@ class Middlebox:
         await asyncio.sleep(0)
 
     def vanish(self) -> None:
-        """Let the server disappear: all flows are forgotten, and no new one reaches it."""
+        """Let the server disappear: nothing comes from it any more, and all that is sent to it is dropped."""
         self._vanished = True
         for flow in self._flows:
             flow.forget()
+            flow.leave_server()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         flow = _Flow(len(self._flows) + 1, self._forget_after, self._tell, reader, writer)
@@ -175,8 +176,13 @@ class _Flow:
             self._forgotten = True
             self._tell(FlowForgotten(self._number, self._loop.time()))
 
+    def leave_server(self) -> None:
+        """Close the relay's own connection."""
+        for writer in self._writers[1:]:
+            writer.transport.abort()
+
     def abort(self) -> None:
-        """Close the sockets, whatever is still to be written."""
+        """Close both connections, whatever is still to be written."""
         for writer in self._writers:
             writer.transport.abort()
 

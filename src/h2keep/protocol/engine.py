@@ -1,8 +1,9 @@
 """The boundary between the connection and an HTTP/2 codec.
 
 An `Engine` knows frames, HPACK, stream states and both directions' flow-control windows; it knows neither time nor
-policy. It calls an `EngineHandler` while it parses, in the order of the frames, and gathers what it has to say
-in a buffer that `drain` empties. Everything that is peculiar to one library stays behind this line.
+policy. It calls an `EngineHandler` while it parses, in the order of the frames. Control frames gather in a buffer that
+`drain` empties; requests and bodies are returned as they are framed, since their order is the caller's (K5).
+Everything that is peculiar to one library stays behind this line.
 """
 
 from __future__ import annotations
@@ -90,14 +91,14 @@ class Engine(Protocol):
         reported, and the GOAWAY that answers it is queued.
         """
 
-    def send_request(self, stream_id: int, headers: Headers, end_stream: bool) -> None:
-        """Encode a request's HEADERS. Stream ids must rise."""
+    def send_request(self, stream_id: int, headers: Headers, end_stream: bool) -> bytes:
+        """Encode a request: the frames to send. Stream ids must rise."""
 
-    def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> None:
-        """Frame at most min(window, max_frame_size) bytes."""
+    def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:
+        """Frame at most min(window, max_frame_size) bytes: what to send before `data` itself."""
 
-    def send_trailers(self, stream_id: int, headers: Headers) -> None:
-        """Encode a request's trailers, which end it."""
+    def send_trailers(self, stream_id: int, headers: Headers) -> bytes:
+        """Encode a request's trailers, which end it: the frames to send."""
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
         """Reset a stream and let go of it; what still comes for it is discarded. No-op if it is closed already."""
@@ -121,4 +122,4 @@ class Engine(Protocol):
         """How many bytes the connection's window lets us send."""
 
     def drain(self) -> bytes:
-        """Take everything that is queued for the peer."""
+        """Take the control frames that are queued for the peer."""

@@ -67,16 +67,17 @@ class Outbox:
         Control frames and heads are never split, so the result may be longer by one of them.
         """
         complete: list[Stream] = []
-        parts = [self._engine.drain()]
+        relieved: list[Stream] = []
+        parts: list[bytes | memoryview] = [self._engine.drain()]
         size = len(parts[0])
         while self._heads and size < limit:
             stream = self._heads.popleft()
             if stream.open:
-                if self._send_head(stream, now):
+                head = self._send_head(stream, now)
+                size += len(head)
+                parts.append(head)
+                if stream.end_sent_at is not None:
                     complete.append(stream)
-                parts.append(self._engine.drain())
-                size += len(parts[-1])
-        relieved: list[Stream] = []
         while self._ready and size < limit:
             stream = self._ready.popleft()
             stream.sending = False
@@ -86,29 +87,30 @@ class Outbox:
                 stream.sending = True
                 self._ready.appendleft(stream)
                 break
-            if self._send_body(stream, limit - size, now):
+            size += self._send_body(stream, limit - size, now, parts)
+            if stream.end_sent_at is not None:
                 complete.append(stream)
-            parts.append(self._engine.drain())
-            size += len(parts[-1])
+                continue
             if stream.wants_room and stream.queued < LOW_WATER:
                 stream.wants_room = False
                 relieved.append(stream)
             self.wake(stream)
-        return (parts[0] if len(parts) == 1 else b"".join(parts)), complete, relieved
+        return b"".join(parts), complete, relieved
 
-    def _send_head(self, stream: Stream, now: float) -> bool:
+    def _send_head(self, stream: Stream, now: float) -> bytes:
         assert stream.fields is not None
         fields, stream.fields = stream.fields, None
         end_stream = stream.upload_ended and not stream.queued and stream.trailers is None
-        self._engine.send_request(stream.id, fields, end_stream)
         stream.sent_at = stream.write_since = now
+        head = self._engine.send_request(stream.id, fields, end_stream)
         if end_stream:
             stream.end_sent_at = now
         else:
             self.wake(stream)
-        return end_stream
+        return head
 
-    def _send_body(self, stream: Stream, limit: int, now: float) -> bool:
+    def _send_body(self, stream: Stream, limit: int, now: float, parts: list[bytes | memoryview]) -> int:
+        """Add a stream's next frame to `parts`; its size."""
         engine = self._engine
         data: bytes | memoryview = b""
         if stream.queued:
@@ -117,13 +119,12 @@ class Outbox:
             data = stream.take(min(size, max(limit, 4_096)))
             self.body_bytes += len(data)
         last = stream.upload_ended and not stream.queued
+        before = len(parts)
+        if data or stream.trailers is None:
+            parts += [engine.send_data(stream.id, data, last and stream.trailers is None), data]
         if last and stream.trailers is not None:
-            if data:
-                engine.send_data(stream.id, data, end_stream=False)
-            engine.send_trailers(stream.id, stream.trailers)
-        else:
-            engine.send_data(stream.id, data, end_stream=last)
+            parts.append(engine.send_trailers(stream.id, stream.trailers))
         stream.write_since = now
         if last:
             stream.end_sent_at = now
-        return last
+        return sum(len(part) for part in parts[before:])

@@ -1,0 +1,121 @@
+"""HPACK that remembers what it did last.
+
+Most requests on a connection have the same fields, and so have most responses. As long as the dynamic table stands
+still, equal fields make equal blocks and equal blocks make equal fields, so both directions are looked up before they
+are worked out. `_Table` knows when that stops being true.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import hpack
+from hpack.table import HeaderTable
+
+if TYPE_CHECKING:
+    from h2keep.protocol.events import Headers
+
+__all__ = ["DecodedBlock", "Decoder", "Encoder"]
+
+#: Lists remembered at most; what is looked up is small, and few differ while the table stands still.
+_MOST = 256
+# A larger table, though the peer may allow it, costs more in hpack's linear search than it saves in bytes.
+_LARGEST_TABLE = 4_096
+
+
+class _Table(HeaderTable):
+    """A header table that counts its changes."""
+
+    changes = 0
+
+    def add(self, name: bytes, value: bytes) -> None:
+        self.changes += 1
+        super().add(name, value)
+
+    @property
+    def maxsize(self) -> int:
+        return super().maxsize
+
+    @maxsize.setter
+    def maxsize(self, newmax: int) -> None:
+        self.changes += 1
+        HeaderTable.maxsize.fset(self, newmax)  # type: ignore[attr-defined]
+
+
+class Encoder(hpack.Encoder):
+    """An encoder for `h2.connection.H2Connection.encoder`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.header_table: _Table = _Table()
+        self._blocks: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
+        self._changes = 0
+
+    def block(self, fields: Headers) -> bytes:
+        """The fields as a header block."""
+        table = self.header_table
+        if table.changes != self._changes:
+            self._forget()
+        key = tuple(fields)
+        known = self._blocks.get(key)
+        if known is not None:
+            return known
+        encoded = self.encode(_indexable(fields))
+        if table.changes != self._changes:
+            self._forget()
+        elif len(self._blocks) < _MOST:
+            self._blocks[key] = encoded
+        return encoded
+
+    def limit_table(self) -> None:
+        """The peer may have allowed a larger table."""
+        if self.header_table_size > _LARGEST_TABLE:
+            self.header_table_size = _LARGEST_TABLE
+
+    def _forget(self) -> None:
+        self._blocks.clear()
+        self._changes = self.header_table.changes
+
+
+class DecodedBlock:
+    """A header block's fields, and what was found out about them since."""
+
+    __slots__ = ("fields", "valid_as")
+
+    def __init__(self, fields: Any) -> None:
+        self.fields = fields
+        #: The kinds of block (response, trailers) as which these fields were found valid.
+        self.valid_as: set[Any] = set()
+
+
+class Decoder(hpack.Decoder):
+    """A decoder for `h2.connection.H2Connection.decoder`."""
+
+    def __init__(self, max_header_list_size: int) -> None:
+        super().__init__(max_header_list_size)
+        self.header_table: _Table = _Table()
+        self._blocks: dict[bytes, DecodedBlock] = {}
+        self._changes = 0
+
+    def fields(self, block: bytes) -> DecodedBlock:
+        """A header block's fields. Raises `hpack.HPACKError`."""
+        known = self._blocks.get(block)
+        if known is not None:
+            return known
+        decoded = DecodedBlock(self.decode(block, raw=True))
+        if self.header_table.changes != self._changes:
+            self._blocks.clear()
+            self._changes = self.header_table.changes
+        elif len(self._blocks) < _MOST:
+            self._blocks[block] = decoded
+        return decoded
+
+
+def _indexable(fields: Headers) -> Headers:
+    """Keep short cookies out of the table, where their values could be guessed (RFC 7541, section 7.1.3)."""
+    if any(name == b"cookie" for name, _ in fields):
+        return [
+            hpack.NeverIndexedHeaderTuple(name, value) if name == b"cookie" and len(value) < 20 else (name, value)
+            for name, value in fields
+        ]
+    return fields
