@@ -106,7 +106,7 @@ def main() -> int:
     profile.add_argument("--sort", default="tottime", choices=["tottime", "cumtime", "ncalls"])
     profile.add_argument("--top", type=int, default=40)
     profile.add_argument(
-        "--flame", type=Path, metavar="FILE", help="sample with py-spy instead; write a flame graph (SVG)"
+        "--flame", type=Path, metavar="FILE", help="sample with py-spy instead: SVG, or stacks if .txt"
     )
     _add_common(profile)
 
@@ -246,8 +246,10 @@ def _profile(options: argparse.Namespace) -> int:
         with serve(kit, setting.placement) as server:
             command = setting.worker(server, case, options.candidate)
             if options.flame is not None:
-                sampler = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", "500"]
-                subprocess.run([*sampler, "-o", str(options.flame.resolve()), "--", *command], cwd=ROOT, check=True)
+                form = "raw" if options.flame.suffix == ".txt" else "flamegraph"
+                sampler = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", "500", "--format", form]
+                command = [*sampler, "--output", str(options.flame.resolve()), "--", *command]
+                subprocess.run(command, cwd=ROOT, check=True)
                 return 0
             file = Path(directory, "profile")
             subprocess.run([*command, "--profile", str(file)], cwd=ROOT, check=True)

@@ -7,6 +7,7 @@ redirects and authentication are not here; who wants them uses the httpx2 adapte
 from __future__ import annotations
 
 import codecs
+import functools
 import json as jsonlib
 import re
 import ssl
@@ -326,16 +327,24 @@ def _timeout(timeout: TimeoutTypes) -> Timeout:
 
 
 def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, bytes, bytes]:
-    """The origin, the authority and the target; what isn't ASCII is encoded, what is encoded stays as it is."""
+    """The origin, the authority and the target."""
+    origin, authority, target = _parse_url(url)
+    if params:
+        target += (b"&" if b"?" in target else b"?") + urlencode(params, doseq=True).encode("ascii")
+    return origin, authority, target
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
+    """What isn't ASCII is encoded, what is encoded stays as it is."""
     parts = urlsplit(url)
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
         raise UnsupportedProtocol(f"url: {url!r} must begin with https:// or http://")
     try:
-        port = parts.port
+        port, host = parts.port, parts.hostname
     except ValueError as error:
         raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
-    host = parts.hostname
     if not host:
         raise UnsupportedProtocol(f"url: {url!r} names no host")
     try:
@@ -343,11 +352,12 @@ def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, byte
     except UnicodeError as error:
         raise UnsupportedProtocol(f"url: {url!r}: {host!r} is not a valid host name: {error}") from error
     origin = Origin(scheme, host, port if port is not None else _DEFAULT_PORTS[scheme])
-    query = "&".join(part for part in (parts.query, urlencode(params, doseq=True) if params else "") if part)
-    target = quote(parts.path or "/", safe=_URL_SAFE) + (f"?{quote(query, safe=_URL_SAFE)}" if query else "")
     authority = f"[{host}]" if ":" in host else host
     if origin.port != _DEFAULT_PORTS[scheme]:
         authority += f":{origin.port}"
+    target = quote(parts.path or "/", safe=_URL_SAFE)
+    if parts.query:
+        target += f"?{quote(parts.query, safe=_URL_SAFE)}"
     return origin, authority.encode("ascii"), target.encode("ascii")
 
 

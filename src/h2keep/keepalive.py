@@ -243,6 +243,7 @@ class KeepaliveTimer:
                 return
             self._allowance -= shift
             self._judge_at += shift
+            self._looked_at = now
             self._phase = _Phase.PINGED
         self._arm()
 
@@ -418,6 +419,7 @@ class KeepaliveTimer:
             return False
         self._extensions += 1
         self._judge_at = now + self.policy.ping_timeout
+        self._looked_at = now
         self._phase = _Phase.PINGED
         return True
 

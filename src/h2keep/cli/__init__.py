@@ -1,14 +1,14 @@
 """The program `h2keep`.
 
-Each command lives in a module of its own, which is imported when the command is asked for, not before: the commands differ
-in what has to be installed for them, and `h2keep --help` stays quick.
+Each command lives in a module of its own, which is imported when the command is asked for and not before: the commands
+differ in what has to be installed for them, and `h2keep --help` stays quick.
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     import click
@@ -16,13 +16,16 @@ except ModuleNotFoundError as error:
     if error.name != "click":
         raise
     raise SystemExit(
-        "The program h2keep needs click, which is not installed: pip install 'h2keep[cli]', or 'h2keep[demo]' for the demo"
+        "h2keep's commands need click, which is not installed: pip install 'h2keep[cli]', for the demo 'h2keep[demo]'"
     ) from None
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["main"]
+
+#: The exit code of a program that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,13 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _COMMANDS.get(cmd_name)
         return entry.load() if entry else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows: Sequence[tuple[str, str]] = [(entry.name, entry.summary) for entry in _COMMANDS.values()]

@@ -1,7 +1,7 @@
 """`h2keep demo`: the failure that h2keep exists to cure, and the cure, side by side on this machine.
 
-Two calls through the OpenAI SDK, each over stock httpx2 and over h2keep at the same time, to the same gateway, with the same
-timeouts, each over a middlebox of its own:
+Two calls through the OpenAI SDK, each over stock httpx2 and over h2keep at the same time, to the same gateway, with the
+same timeouts, each over a middlebox of its own:
 
 1. The model is silent for longer than the middlebox remembers a flow. httpx2 sends nothing meanwhile: the flow is
    forgotten and the answer lost. h2keep's PINGs are bytes like any others: its flow lives.
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import platform
+import textwrap
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ import click
 import httpx2
 import openai
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from h2keep import Keepalive
@@ -81,14 +81,16 @@ class Settings:
         self._require("read_timeout", "silence", "nobody waits for the answer")
         if self.read_timeout <= self.promised:
             raise ValueError(
-                f"read_timeout ({self.read_timeout:g}) must be more than read_idle_timeout and ping_timeout together "
-                f"({self.promised:g}), else PINGs find nothing first"
+                f"{_option('read_timeout')} {self.read_timeout:g}: must be more than {_option('read_idle_timeout')} "
+                f"and {_option('ping_timeout')} together ({self.promised:g}), else no PING is needed"
             )
 
     def _require(self, longer: str, shorter: str, otherwise: str) -> None:
         high, low = getattr(self, longer), getattr(self, shorter)
         if high <= low:
-            raise ValueError(f"{longer} ({high:g}) must be more than {shorter} ({low:g}), else {otherwise}")
+            raise ValueError(
+                f"{_option(longer)} {high:g}: must be more than {_option(shorter)} ({low:g}), else {otherwise}"
+            )
 
     @property
     def promised(self) -> float:
@@ -99,6 +101,10 @@ class Settings:
     def keepalive(self) -> Keepalive:
         """h2keep's policy."""
         return Keepalive(read_idle_timeout=self.read_idle_timeout, ping_timeout=self.ping_timeout)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class Call:
@@ -121,7 +127,7 @@ class Call:
         except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
             self.error = _root(error)
             name = type(self.error).__name__
-            self._timeline.mark(self.lane, Kind.FAILED, clock(), word=name, note=f"gave up: {name}")
+            self._timeline.mark(self.lane, Kind.FAILED, clock(), word=name, note=f"failed: {name}")
         else:
             self.answer = answer
             self._timeline.mark(self.lane, Kind.ANSWERED, clock(), word="answered", note=f"answered: {answer}")
@@ -177,7 +183,7 @@ class Call:
             "error": error,
             "seconds": _rounded(self.seconds),
             "seconds_since_last_byte": _rounded(self.detection),
-            "forgotten_at": _rounded(forgotten and forgotten.at),
+            "forgotten_at": None if forgotten is None else _rounded(forgotten.at),
             "pings_sent": len(self.lane.all(Kind.PING)),
             "pings_acknowledged": len(self.lane.all(Kind.ACK)),
             "round_trips": [_rounded(seconds) for seconds in self.round_trips],
@@ -237,11 +243,11 @@ class Report:
     def _stock_lost(self) -> Check:
         call, settings = self.silent.httpx2, self.settings
         forgotten, dropped = call.lane.first(Kind.FORGOTTEN), call.lane.first(Kind.NOT_RECEIVED)
-        at = "never" if forgotten is None else f"after {forgotten.at:.1f} s"
+        at = "never" if forgotten is None else f"at {forgotten.at:.1f} s"
         return Check(
             "httpx2_loses_answer",
-            f"httpx2 loses the answer, due after {settings.silence:g} s",
-            f"{_outcome(call)}; flow forgotten {at}",
+            f"httpx2 loses the answer, which was due after {settings.silence:g} s",
+            f"{_outcome(call)}; the middlebox forgot the flow {at}",
             isinstance(call.error, httpx2.TimeoutException) and forgotten is not None and dropped is not None,
         )
 
@@ -250,7 +256,7 @@ class Report:
         pings, acks = call.lane.all(Kind.PING), call.lane.all(Kind.ACK)
         return Check(
             "h2keep_survives",
-            "h2keep gets it",
+            "h2keep gets the answer",
             f"{_outcome(call)}; {len(pings)} PINGs sent, {len(acks)} acknowledged",
             call.answer == ANSWER and call.lane.first(Kind.FORGOTTEN) is None and bool(acks),
         )
@@ -259,7 +265,7 @@ class Report:
         call, settings = self.vanished.h2keep, self.settings
         return Check(
             "h2keep_detects",
-            f"h2keep says that the server vanished, {settings.promised:g} s after its last byte at most",
+            f"h2keep finds that the server vanished within {settings.promised:g} s of its last byte",
             _outcome_since_last_byte(call),
             isinstance(call.error, PingTimeout)
             and call.detection is not None
@@ -270,7 +276,7 @@ class Report:
         call, settings = self.vanished.httpx2, self.settings
         return Check(
             "httpx2_detects_late",
-            f"httpx2 waits for its read timeout of {settings.read_timeout:g} s",
+            f"httpx2 finds it at its read timeout, after {settings.read_timeout:g} s",
             _outcome_since_last_byte(call),
             isinstance(call.error, httpx2.TimeoutException)
             and call.detection is not None
@@ -299,7 +305,7 @@ def _outcome(call: Call) -> str:
 def _outcome_since_last_byte(call: Call) -> str:
     if call.detection is None:
         return _outcome(call)
-    return f"{type(call.error).__name__} {call.detection:.1f} s after it"
+    return f"{type(call.error).__name__} {call.detection:.1f} s after its last byte"
 
 
 def _versions() -> Mapping[str, str]:
@@ -418,80 +424,87 @@ class _Stage:
 
 
 def _print_introduction(settings: Settings, console: Console) -> None:
-    versions, line = _versions(), glyphs(console).fading * 5
+    line = glyphs(console).fading
+    path = [
+        ("client ", "OpenAI SDK, gives up", f"after {settings.read_timeout:g} s"),
+        (" middlebox ", " forgets a flow", f" after {settings.forget_after:g} s of silence"),
+        (" gateway", " HTTP/2 and TLS by hypercorn,", " like NVIDIA Cloud Functions"),
+    ]
+    pings = f"a PING after {settings.read_idle_timeout:g} s of silence, then {settings.ping_timeout:g} s of patience"
+    console.print("The same calls over two transports at once:\n")
     console.print(
         Text.assemble(
-            f"The same calls through the OpenAI SDK {versions['openai']}, over two transports side by side:\n\n",
-            ("  httpx2  ", "bold"),
+            ("httpx2  ", "bold"),
             "DefaultAsyncHttpxClient(http2=True)\n",
-            ("  h2keep  ", "bold"),
-            "DefaultAsyncHttpxClient(transport=AsyncKeepaliveTransport(...))\n\n",
-            f"  client {line} middlebox {line} gateway\n",
-            (
-                f"  timeout {settings.read_timeout:g} s     forgets a flow      HTTP/2 and TLS by hypercorn,\n"
-                f"  for both         after {settings.forget_after:g} s           like NVIDIA Cloud Functions\n",
-                "dim",
-            ),
+            ("h2keep  ", "bold"),
+            "DefaultAsyncHttpxClient(transport=AsyncKeepaliveTransport(...))\n",
+            (f"        {pings}\n", "dim"),
         ),
         soft_wrap=True,
-        end="",
     )
+    for fill, style, words in zip((line, " ", " "), ("", "dim", "dim"), zip(*path, strict=True), strict=True):
+        client, box, server = words
+        console.print(Text(f"{client:{fill}<23}{box:{fill}<25}{server}", style), soft_wrap=True)
 
 
 def _print_verdict(report: Report, console: Console) -> None:
     glyph = glyphs(console)
     console.print()
     for check in report.checks():
-        sign = (f"  {glyph.good} ", "bold green") if check.ok else (f"  {glyph.bad} ", "bold red")
-        console.print(Text.assemble(sign, f"{check.expected}: ", (check.measured, "bold")))
-    console.print("\nWhat the application is told of the vanished server:", end="\n\n")
+        sign = (f"{glyph.good} ", "bold green") if check.ok else (f"{glyph.bad} ", "bold red")
+        console.print(Text.assemble(sign, (check.expected, "bold")), soft_wrap=True)
+        console.print(Text(f"  {check.measured}"), soft_wrap=True)
+    console.print("\nWhat the application is told of the vanished server:")
     for call in (report.vanished.httpx2, report.vanished.h2keep):
-        message = str(call.error) or "(no message)"
-        text = Text.assemble((f"{type(call.error).__name__}: ", "bold"), message)
-        console.print(Padding(Text.assemble((f"{call.lane.name}  ", "bold"), text), (0, 0, 0, 2)))
-    console.print()
+        told = f"{type(call.error).__name__}: {str(call.error) or '(no message)'}"
+        console.print(Text(f"{call.lane.name}  ", "bold"), end="")
+        console.print(Text(textwrap.fill(told, console.width - 9, subsequent_indent=" " * 8)), soft_wrap=True)
 
 
 # The command
 
 
-class _Seconds(click.ParamType):
-    """A finite number above 0."""
-
-    name = "seconds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = math.nan
-        if not (math.isfinite(seconds) and seconds > 0):
-            self.fail(f"{value!r} is not a finite number of seconds above 0.", param, ctx)
-        return seconds
+def _above_zero(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"{value:g} is not a finite number of seconds above 0.")
+    return value
 
 
-def _seconds_option(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    default = Settings.__dataclass_fields__[name].default
+def _seconds(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    default = next(field.default for field in dataclasses.fields(Settings) if field.name == name)
     return click.option(
-        f"--{name.replace('_', '-')}", type=_Seconds(), default=default, show_default=True, metavar="SECONDS", help=text
+        _option(name),
+        type=float,
+        callback=_above_zero,
+        default=default,
+        show_default=True,
+        metavar="SECONDS",
+        help=text,
     )
 
 
 @click.command()
-@_seconds_option("silence", "The model is silent for so long before it answers.")
-@_seconds_option("forget_after", "The middlebox forgets a flow on which no byte passed for so long.")
-@_seconds_option("read_idle_timeout", "h2keep sends a PING when nothing came for so long.")
-@_seconds_option("ping_timeout", "h2keep gives the connection up when nothing came for so long after its PING.")
-@_seconds_option("read_timeout", "Both clients give up when they waited for so long.")
-@_seconds_option("vanish_after", "The server vanishes when the second answer has streamed for so long.")
+@_seconds("silence", "The model is silent for so long before it answers.")
+@_seconds("forget_after", "The middlebox forgets a flow on which no byte passed for so long.")
+@_seconds("read_idle_timeout", "h2keep sends a PING when nothing came for so long.")
+@_seconds("ping_timeout", "h2keep gives the connection up when nothing came for so long after its PING.")
+@_seconds("read_timeout", "Both clients give up when they waited for so long.")
+@_seconds("vanish_after", "The server vanishes when the second answer has streamed for so long.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object and nothing else.")
 def demo(as_json: bool, **seconds: float) -> None:
     """See a connection forgotten, and one kept alive, side by side.
 
-    Takes about 30 seconds, and stays on this machine. The exit code is 0 if httpx2 failed and h2keep did not, and h2keep
-    found the vanished server in time; all of it is measured.
+    Takes about 30 seconds, on this machine alone. The exit code is 0 if h2keep's connection survived where httpx2's did
+    not, and if h2keep found a vanished server in time, and httpx2 did not.
     """
     try:
         settings = Settings(**seconds)
     except ValueError as error:
-        raise click.UsageError(re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", ...)) from None
+        raise click.UsageError(str(error)) from None
+    try:
+        report = asyncio.run(run(settings, Console(quiet=as_json, highlight=False)))
+    except (GatewayError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(json.dumps(report.figures(), indent=2))
+    raise SystemExit(0 if report.ok else 1)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["ANSWER", "Gateway", "GatewayError", "app", "gateway"]
 
 #: What the model says, whatever it is asked.
-ANSWER = "Send a PING before the shortest idle timeout on the path has passed."
+ANSWER = "Send a PING before the path forgets you."
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 30

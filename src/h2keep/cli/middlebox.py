@@ -1,7 +1,7 @@
 """A middlebox on loopback: a TCP relay that forgets the flows on which no byte passed for a while.
 
-A load balancer, NAT or firewall keeps an entry for each flow and drops it when the flow was silent for too long. It tells
-neither side; what they send from then on it drops too, and neither can tell that from a peer that takes its time.
+A load balancer, NAT or firewall keeps an entry for each flow and drops it when the flow was silent for too long. It
+tells neither side; what they send from then on it drops too, and neither can tell that from a peer that takes its time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demo's picture: what happened on two connections, one above the other over a common time axis.
 
-A `Lane` records one call while it runs. A `Timeline` draws its lanes as they are at this moment: in a terminal again and
-again while they run, elsewhere once at the end, with a line for each event before it. Seen from the client, a lane is
+A `Lane` records one call while it runs. A `Timeline` draws its lanes as they are at this moment: in a terminal again
+and again while they run, elsewhere once at the end, after a line for each event. Seen from the client, a lane is
 
     sent      bytes, and the PINGs among them
     flow      what the middlebox knows of the connection: the line thins while no byte passes
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from rich.console import Console, ConsoleOptions, RenderResult
 
 __all__ = ["Kind", "Lane", "Mark", "Timeline", "glyphs", "show"]
@@ -76,7 +78,7 @@ class Glyphs:
     forgotten: str
 
 
-_UNICODE = Glyphs("▲", "▼", "×", "✓", "✗", "━", "─", "┄")
+_UNICODE = Glyphs("▲", "▼", "✕", "✓", "✗", "━", "─", "┄")
 _ASCII = Glyphs("^", "v", "x", "+", "!", "=", "-", ".")
 
 
@@ -111,17 +113,21 @@ class Lane:
 
 
 class Timeline:
-    """Lanes over one time axis that begins now and spans so many seconds; a renderable for rich."""
+    """Lanes over one time axis, which begins when it is shown and spans so many seconds; a renderable for rich."""
 
     def __init__(self, lanes: Sequence[Lane], span: float, forget_after: float, clock: Callable[[], float]) -> None:
         self.lanes = lanes
         self._span = span
         self._forget_after = forget_after
         self._clock = clock
-        self._start = clock()
+        self._start = math.nan
         self._notes: list[Text] = []
         #: Called with each note, instead of keeping it for the picture.
         self.print_note: Callable[[Text], object] | None = None
+
+    def begin(self) -> None:
+        """From now on time counts."""
+        self._start = self._clock()
 
     def mark(self, lane: Lane, kind: Kind, at: float, size: int = 0, *, word: str = "", note: str = "") -> None:
         """Record what happened at this moment of the clock; a note puts it into words."""
@@ -142,20 +148,24 @@ class Timeline:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         now = self._clock() - self._start
-        ended = all(lane.outcome for lane in self.lanes)
         painter = _Painter(glyphs(console), max(options.max_width, _LEAST_WIDTH) - _MARGIN - 1, self._span)
-        for lane in self.lanes:
+        for number, lane in enumerate(self.lanes):
+            if number:
+                yield Text()
             yield painter.heading(lane, now)
             yield painter.row("sent", painter.sent(lane))
             yield painter.row("flow", painter.flow(lane, now, self._forget_after))
             yield painter.row("received", painter.received(lane))
         yield painter.row("seconds", painter.axis())
-        yield from self._notes or ([] if ended or self.print_note else [Text()])
+        if self._notes:
+            yield Text()
+            yield from self._notes
 
 
 @contextlib.contextmanager
 def show(timeline: Timeline, console: Console) -> Iterator[None]:
     """Keep the timeline in the terminal up to date; elsewhere print lines as things happen, and the picture at last."""
+    timeline.begin()
     if console.is_terminal and not console.is_dumb_terminal:
         # Drawn in a thread of its own: a terminal that stands still must not hold up the connections.
         with Live(timeline, console=console, refresh_per_second=_REFRESHES_PER_SECOND):
@@ -163,12 +173,13 @@ def show(timeline: Timeline, console: Console) -> Iterator[None]:
         return
     timeline.print_note = lambda note: console.print(note, soft_wrap=True)
     yield
+    console.print()
     console.print(timeline)
 
 
 _STYLES = {
-    Kind.SENT: "blue",
-    Kind.RECEIVED: "blue",
+    Kind.SENT: "bright_blue",
+    Kind.RECEIVED: "bright_blue",
     Kind.PING: "bold cyan",
     Kind.ACK: "bold cyan",
     Kind.SENT_IN_VAIN: "red",
@@ -197,8 +208,8 @@ class _Cells:
         columns = [column for column, *_ in words] + [self.width]
         taken = 0
         for (column, glyph, word, style), following in itertools.zip_longest(words, columns[1:]):
-            after = f"{glyph} {word}".strip()
-            before = f"{word} {glyph}".strip()
+            after = f"{glyph} {word}".lstrip()
+            before = f" {word.rstrip()} {glyph}".rstrip()
             if column + len(after) <= following:
                 self.put(column, after, style)
                 taken = column + len(after)
@@ -289,7 +300,7 @@ class _Painter:
                 cells.put(column, self._glyphs.fading, "yellow")
         words = []
         if forgotten is not None:
-            words.append((self._column(forgotten.at), self._glyphs.lost, forgotten.word, "bold red"))
+            words.append((self._column(forgotten.at), self._glyphs.lost, f"{forgotten.word} ", "bold red"))
         if outcome is not None:
             glyph = self._glyphs.good if outcome.kind is Kind.ANSWERED else self._glyphs.bad
             words.append((end, glyph, outcome.word, _STYLES[outcome.kind]))

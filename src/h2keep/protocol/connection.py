@@ -154,8 +154,12 @@ class Connection:
         """When `handle_timeout` is due, None if nothing is. May be too early, never too late."""
         if self.closed:
             return None
-        deadlines = (self.keepalive.next_deadline(), self._alarms.next_deadline(), self._stuck_deadline())
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        deadline = self.keepalive.next_deadline()
+        alarm = self._alarms.next_deadline()
+        if alarm is not None and (deadline is None or alarm < deadline):
+            deadline = alarm
+        stuck = self._stuck_deadline()
+        return deadline if stuck is None or (deadline is not None and deadline < stuck) else stuck
 
     # Requests
 
@@ -561,8 +565,10 @@ class Connection:
             self._end(error, self._now)
 
     def _stuck_deadline(self) -> float | None:
+        if self._replies_since is None:
+            return None
         policy = self.keepalive.policy
-        if self._replies_since is None or policy.read_idle_timeout is None:
+        if policy.read_idle_timeout is None:
             return None
         return self._replies_since + policy.read_idle_timeout + policy.ping_timeout
 

@@ -60,10 +60,12 @@ class Encoder(hpack.Encoder):
         known = self._blocks.get(key)
         if known is not None:
             return known
+        # A table that was resized is announced in the next block, and in that one alone.
+        resized = table.resized
         encoded = self.encode(_indexable(fields))
         if table.changes != self._changes:
             self._forget()
-        elif len(self._blocks) < _MOST:
+        elif len(self._blocks) < _MOST and not resized:
             self._blocks[key] = encoded
         return encoded
 

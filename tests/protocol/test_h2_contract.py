@@ -1,0 +1,186 @@
+"""What h2_engine.py relies on and h2 doesn't promise. Run these before widening the range in pyproject.toml."""
+
+from __future__ import annotations
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import h2.settings
+import h2.stream
+import h2.utilities
+import hpack
+import pytest
+from hpack.table import HeaderTable
+from hyperframe import frame as frames
+
+from h2keep.protocol.hpack_memory import Decoder, Encoder
+
+State = h2.connection.ConnectionState
+REQUEST = [(b":method", b"GET"), (b":authority", b"a"), (b":scheme", b"https"), (b":path", b"/")]
+
+
+@pytest.fixture
+def client() -> h2.connection.H2Connection:
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
+    connection.initiate_connection()
+    connection.send_headers(1, REQUEST, end_stream=True)
+    connection.data_to_send()
+    return connection
+
+
+def test_a_goaway_closes_the_state_machine_and_its_state_can_be_put_back(
+    client: h2.connection.H2Connection,
+) -> None:
+    state = client.state_machine.state
+    assert state is State.CLIENT_OPEN
+    client.ping(b"12345678")
+    client.receive_data(frames.GoAwayFrame(0, last_stream_id=1).serialize())
+    assert client.state_machine.state is State.CLOSED
+    assert client.data_to_send() == b""
+    client.state_machine.state = state
+    block = hpack.Encoder().encode([(b":status", b"200")])
+    data = frames.HeadersFrame(1, data=block, flags=["END_HEADERS", "END_STREAM"]).serialize()
+    assert [type(event) for event in client.receive_data(data)] == [
+        h2.events.ResponseReceived,
+        h2.events.StreamEnded,
+    ]
+
+
+def test_the_dispatch_table_turns_control_frames_into_replies_and_events(
+    client: h2.connection.H2Connection,
+) -> None:
+    ping = frames.PingFrame(0)
+    ping.opaque_data = b"12345678"
+    replies, events = client._frame_dispatch_table[frames.PingFrame](ping)
+    assert [type(event) for event in events] == [h2.events.PingReceived]
+    assert [type(reply) for reply in replies] == [frames.PingFrame]
+    client._prepare_for_sending(replies)
+    assert client.data_to_send() == b"\0\0\x08\x06\x01\0\0\0\x0012345678"
+
+
+def test_a_stream_takes_headers_and_data_directly(client: h2.connection.H2Connection) -> None:
+    stream = client.streams[1]
+    replies, events = stream.receive_headers([(b":status", b"200"), (b"content-length", b"3")], False, None)
+    assert replies == []
+    assert type(events[0]) is h2.events.ResponseReceived
+    stream.receive_data(b"ab", False, 2)
+    assert stream.inbound_flow_control_window == 65_535 - 2
+    with pytest.raises(h2.exceptions.InvalidBodyLengthError):
+        stream.receive_data(b"toolong", True, 7)
+
+
+def test_a_stream_refuses_a_body_before_its_head(client: h2.connection.H2Connection) -> None:
+    with pytest.raises(h2.exceptions.ProtocolError):
+        client.streams[1].receive_data(b"ab", False, 2)
+
+
+def test_streams_are_made_by_begin_new_stream_with_both_initial_windows() -> None:
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    connection.local_settings = h2.settings.Settings(
+        client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 100_000}
+    )
+    stream = connection._begin_new_stream(5, h2.connection.AllowedStreamIDs.ODD)
+    assert connection.highest_outbound_stream_id == 5
+    assert stream.inbound_flow_control_window == 100_000
+    assert stream.outbound_flow_control_window == 65_535
+    stream.state_machine.process_input(h2.stream.StreamInputs.SEND_HEADERS)
+    stream.state_machine.process_input(h2.stream.StreamInputs.SEND_END_STREAM)
+    assert stream.open
+    assert not stream.closed
+
+
+def test_closed_streams_remember_how_they_were_closed(client: h2.connection.H2Connection) -> None:
+    client.reset_stream(1)
+    assert client.streams[1].closed
+    client._closed_streams[1] = client.streams.pop(1).closed_by
+    assert client._stream_is_closed_by_reset(1)
+
+
+def test_the_connections_window_pays_for_data(client: h2.connection.H2Connection) -> None:
+    client._inbound_flow_control_window_manager.window_consumed(65_535)
+    client.increment_flow_control_window(10)
+    client._inbound_flow_control_window_manager.window_consumed(10)
+    with pytest.raises(h2.exceptions.FlowControlError):
+        client._inbound_flow_control_window_manager.window_consumed(1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(b"server", b"x")],
+        [(b":status", b"200"), (b":status", b"200")],
+        [(b"a", b"b"), (b":status", b"200")],
+        [(b":status", b"200"), (b"Upper", b"x")],
+        [(b":status", b"200"), (b"a", b"x\r\n")],
+        [(b":status", b"200"), (b"connection", b"x")],
+        [(b":status", b"200"), (b":path", b"/")],
+        [(b":status", b"200"), (b"", b"x")],
+    ],
+)
+def test_validation_can_be_asked_for_directly(fields: list[tuple[bytes, bytes]]) -> None:
+    flags = h2.utilities.HeaderValidationFlags(
+        is_client=True, is_trailer=False, is_response_header=True, is_push_promise=False
+    )
+    with pytest.raises(h2.exceptions.ProtocolError):
+        list(h2.utilities.validate_headers([hpack.HeaderTuple(*field) for field in fields], flags))
+
+
+def test_headers_before_the_first_request_need_no_idle_state(client: h2.connection.H2Connection) -> None:
+    fresh = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    fresh.initiate_connection()
+    assert fresh.state_machine.state is State.IDLE
+    fresh.state_machine.state = State.CLIENT_OPEN
+    fresh.ping(b"12345678")
+    fresh.increment_flow_control_window(1)
+    fresh.receive_data(frames.SettingsFrame(0).serialize())
+
+
+def test_hpack_tables_tell_of_every_change() -> None:
+    encoder, plain = Encoder(), hpack.Encoder()
+    decoder = Decoder(65_536)
+    lists = [
+        [(b":status", b"200"), (b"a", b"1")],
+        [(b":status", b"200"), (b"a", b"1")],
+        [(b":status", b"200"), (b"a", b"2")],
+        [(b":status", b"200"), (b"a", b"1"), (b"cookie", b"short")],
+        [(b":status", b"200"), (b"a", b"1"), (b"big", b"x" * 5_000)],
+        [(b":status", b"200"), (b"a", b"1")],
+    ]
+    for round_ in range(3):
+        for fields in lists:
+            sensitive = [
+                hpack.NeverIndexedHeaderTuple(*field) if field[0] == b"cookie" else field for field in fields
+            ]
+            block = encoder.block(fields)
+            assert block == plain.encode(sensitive)
+            assert [tuple(field) for field in decoder.fields(block).fields] == fields
+        for table in (encoder, plain):
+            table.header_table_size = 4_096 - 1_000 * round_
+        encoder.limit_table()
+    assert isinstance(encoder.header_table, HeaderTable)
+
+
+def test_equal_blocks_are_looked_up_only_while_the_table_stands_still() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    fields = [(b":status", b"200"), (b"a", b"1")]
+    first = encoder.block(fields)
+    decoder.fields(first)
+    block = encoder.block(fields)
+    assert block != first
+    known = decoder.fields(block)
+    assert decoder.fields(block) is known
+    assert encoder.block(fields) is block
+    other = encoder.block([(b"b", b"2")])
+    decoder.fields(other)
+    assert encoder.block(fields) != block
+    assert [tuple(field) for field in decoder.fields(encoder.block(fields)).fields] == fields
+
+
+def test_a_peer_that_allows_a_huge_table_gets_a_small_one() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    decoder.max_allowed_table_size = 1_000_000
+    encoder.header_table_size = 1_000_000
+    encoder.limit_table()
+    assert encoder.header_table_size == 4_096
+    assert decoder.fields(encoder.block([(b"a", b"1")])).fields == [(b"a", b"1")]

@@ -1,0 +1,275 @@
+"""Keepalive end to end over the virtual wire: the real defaults, and thousands of random schedules in seconds."""
+
+from __future__ import annotations
+
+import random
+
+import h2.events
+import pytest
+from support.pair import Pair
+
+from h2keep.errors import PingTimeout
+from h2keep.keepalive import Keepalive, PingPurpose
+from h2keep.protocol import events
+
+DEFAULT = Keepalive(jitter=0.0)
+
+
+def test_k3_a_silent_request_is_kept_alive_for_half_an_hour() -> None:
+    pair = Pair(DEFAULT)
+    stream_id = pair.request()
+    pair.run(1800.0)
+    # Each answer begins a new silence, one round trip after its PING.
+    assert pair.pings == [pytest.approx(0.02 + 30.0 + n * 30.02 + 0.01, abs=0.05) for n in range(len(pair.pings))]
+    assert len(pair.pings) == 59
+    pair.respond(stream_id, b"at last")
+    pair.run(1.0)
+    assert pair.client.read(stream_id, pair.now) == b"at last"
+    assert pair.client.keepalive.rtt_smoothed == pytest.approx(0.02)
+
+
+def test_k4_k8_a_black_hole_is_detected_within_the_promised_time_and_fails_all_streams() -> None:
+    pair = Pair(DEFAULT)
+    streams = [pair.request() for _ in range(3)]
+    complete = pair.request()
+    pair.run(1.0)
+    pair.respond(complete, b"whole")
+    pair.respond(streams[0], b"part", end_stream=False)
+    pair.run(1.0)
+    pair.black_hole()
+    lost_since = pair.client.keepalive.last_life
+    pair.run_until(lambda: pair.client.closed)
+    assert pair.now - lost_since == pytest.approx(45.02, abs=0.01)
+    for stream_id in streams:
+        error = pair.failure(stream_id)
+        assert isinstance(error, PingTimeout)
+        assert not error.unprocessed
+        assert error.last_life == lost_since
+        assert error.ping_sent_at == pytest.approx(lost_since + 30.0)
+        assert error.rtt == pytest.approx(0.02)
+        assert "https://example.com" in str(error)
+        assert "read_idle_timeout=30.0, ping_timeout=15.0" in str(error)
+    assert len({id(pair.failure(stream_id)) for stream_id in streams}) == 3
+    assert pair.failure(complete) is None
+    assert pair.client.read(complete, pair.now) == b"whole"
+    assert pair.client.read(streams[0], pair.now) == b"part"
+    assert pair.client.next_deadline() is None
+
+
+def test_k2_a_trickle_slower_than_any_frame_is_life() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=2.0, ping_timeout=1.0, jitter=0.0))
+    stream_id = pair.request()
+    pair.run(0.5)
+    pair.respond(stream_id, b"x" * 100, end_stream=False)
+    pair.run(0.5)
+    pair.server.send_data(stream_id, b"y" * 100)
+    raw = pair.server.data_to_send()
+    for byte in raw:  # 109 bytes at one each 0.9 s: a frame takes 98 s
+        pair.black_hole()
+        pair.now += 0.9
+        deadline = pair.client.next_deadline()
+        pair._client_receives(bytes([byte]))
+        if deadline is not None and deadline <= pair.now:
+            pair.client.handle_timeout(pair.now)
+        pair._drain_events()
+    assert pair.failure(stream_id) is None
+    assert pair.client.read(stream_id, pair.now) == b"x" * 100 + b"y" * 100
+
+
+def test_k3_an_ack_that_matches_nothing_is_life_and_no_more() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=2.0, ping_timeout=1.0, jitter=0.0))
+    pair.request()
+    pair.run(0.5)
+    pair.server_reads = False
+    for _ in range(20):
+        pair.run(0.9)
+        pair.server_send_raw(b"\x00\x00\x08\x06\x01\x00\x00\x00\x00deadbeef")
+    assert not pair.client.closed
+    assert not pair.happened(events.PingAcknowledged)
+
+
+def test_k4_an_upload_that_progresses_is_given_more_time_but_not_for_ever() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=10.0, ping_timeout=5.0, jitter=0.0))
+    pair.request(end_stream=False)
+    pair.run(1.0)
+    pair.black_hole()
+    while not pair.client.closed:
+        pair.client.note_upload_progress(pair.now)
+        assert pair.step()
+    # 10 s of silence, 5 s for the PING, 2 x 5 s for the upload.
+    assert pair.now - pair.client.keepalive.last_life == pytest.approx(25.02, abs=0.1)
+
+
+def test_k5_a_ping_goes_before_everything_that_waits() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=None))
+    stream_id = pair.request(end_stream=False)
+    pair.run(1.0)
+    pair.client.send_data(stream_id, b"x" * 500_000, end_stream=False, now=pair.now)
+    pair.client.send_request([(b":method", b"GET"), (b":path", b"/")], pair.now)
+    pair.client.ping(pair.now)
+    assert pair.client.data_to_send(16_384, pair.now)[3] == 6
+
+
+def test_k5_bodies_take_turns() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=None))
+    streams = [pair.request(end_stream=False) for _ in range(3)]
+    pair.server.increment_flow_control_window(10_000_000)
+    pair.run(1.0)
+    for stream_id in streams:
+        pair.client.send_data(stream_id, b"x" * 60_000, end_stream=True, now=pair.now)
+    pair.pump()
+    pair.run(1.0)
+    order = [event.stream_id for event in pair.server_events if isinstance(event, h2.events.DataReceived)]
+    assert order[:6] == streams * 2
+
+
+def test_k10_a_cancelled_request_on_a_silent_connection_sends_a_ping_with_the_reset() -> None:
+    pair = Pair(DEFAULT)
+    pair.run(1.0)
+    stream_id = pair.request()
+    pair.black_hole()
+    pair.run(5.0)
+    slots = pair.client.free_slots
+    pair.client.release(stream_id, pair.now)
+    pair.pump()
+    sent = [event for event in pair.happened(events.PingSent) if isinstance(event, events.PingSent)]
+    assert [event.purpose for event in sent] == [PingPurpose.SUSPICION]
+    assert not pair.client.verified(pair.now)
+    assert pair.client.free_slots == slots  # the slot stays taken
+
+
+def test_k10_life_gives_the_slots_back() -> None:
+    pair = Pair(DEFAULT)
+    pair.run(1.0)
+    stream_id = pair.request()
+    pair.run(5.0)
+    free = pair.client.free_slots
+    pair.client.release(stream_id, pair.now)
+    assert pair.client.free_slots == free
+    pair.run(1.0)
+    assert pair.client.verified(pair.now)
+    assert pair.client.free_slots == free + 1
+
+
+def test_k10_a_cancelled_request_on_a_lively_connection_changes_nothing() -> None:
+    pair = Pair(DEFAULT)
+    stream_id, other = pair.request(), pair.request()
+    pair.run(5.0)
+    pair.respond(other)
+    pair.run(1.0)
+    free = pair.client.free_slots
+    pair.client.release(stream_id, pair.now)
+    pair.run(1.0)
+    assert not pair.happened(events.PingSent)
+    assert pair.client.free_slots == free + 1
+
+
+def test_k11_no_ping_without_a_request() -> None:
+    pair = Pair(DEFAULT)
+    pair.run(600.0)
+    assert not pair.pings
+    pair = Pair(Keepalive(while_idle=True))
+    pair.run(600.0)
+    assert len(pair.pings) >= 19
+
+
+def test_k13_punishment_is_told_from_other_calls_for_calm() -> None:
+    for data, pings, expected in [(b"too_many_pings", 0, True), (b"", 0, False), (b"", 2, True), (b"busy", 1, False)]:
+        pair = Pair(DEFAULT)
+        pair.request()
+        pair.run(1.0 + 30.1 * pings)
+        pair.server.close_connection(error_code=0xB, additional_data=data)
+        pair.pump()
+        pair.run(1.0)
+        assert pair.client.goaway is not None
+        assert pair.client.goaway.too_many_pings is expected
+
+
+def test_k17_a_draining_connection_is_watched_until_its_last_stream_ends() -> None:
+    pair = Pair(Keepalive(jitter=0.0, while_idle=True))
+    stream_id = pair.request()
+    pair.run(1.0)
+    state = pair.server.state_machine.state
+    pair.server.close_connection(last_stream_id=stream_id)
+    pair.server.state_machine.state = state
+    pair.pump()
+    pair.run(100.0)
+    assert len(pair.pings) == 3
+    pair.respond(stream_id)
+    pair.run(100.0)
+    assert len(pair.pings) == 3
+
+
+def test_k25_a_gap_makes_the_connection_unverified_until_it_answers() -> None:
+    pair = Pair(DEFAULT)
+    pair.run(1.0)
+    assert pair.client.verified(pair.now)
+    pair.client.note_gap(3600.0, pair.now)
+    assert not pair.client.verified(pair.now)
+    assert pair.client.verify(pair.now)
+    pair.pump()
+    pair.run(1.0)
+    assert pair.client.verified(pair.now)
+    pair.client.note_wall_jump()
+    assert not pair.client.verified(pair.now)
+
+
+def test_k9_a_connection_is_unverified_after_thirty_seconds_of_silence() -> None:
+    pair = Pair(DEFAULT)
+    pair.run(29.9)
+    assert pair.client.verified(pair.now)
+    pair.run(0.2)
+    assert not pair.client.verified(pair.now)
+    assert pair.client.verify(pair.now)
+    assert pair.client.verify(pair.now)  # the outstanding one serves
+    pair.run(1.0)
+    assert pair.client.verified(pair.now)
+    assert len(pair.pings) == 1
+
+
+@pytest.mark.parametrize("seed", range(2_000))
+def test_k4_k16_random_schedules(seed: int) -> None:
+    """A network that dies, or doesn't, at a random moment under random traffic.
+
+    Whatever happens before: a dead one is found within the promised time, and a living one never.
+    """
+    choose = random.Random(seed)
+    keepalive = Keepalive(
+        read_idle_timeout=choose.choice([1.0, 10.0, 30.0]),
+        ping_timeout=choose.choice([0.5, 5.0, 15.0]),
+        while_idle=choose.random() < 0.3,
+        jitter=choose.choice([0.0, 0.1, 0.5]),
+    )
+    assert keepalive.read_idle_timeout is not None
+    # A round trip shorter than ping_timeout: a slower network is dead by definition.
+    pair = Pair(keepalive, latency=choose.uniform(0.0, 0.2), seed=seed, chop=True)
+    open_streams: list[int] = []
+    for _ in range(choose.randint(1, 30)):
+        action = choose.random()
+        if action < 0.35 and len(open_streams) < 50:
+            open_streams.append(pair.request())
+        elif action < 0.5 and open_streams:
+            stream_id = open_streams.pop(choose.randrange(len(open_streams)))
+            pair.client.release(stream_id, pair.now)
+            pair.pump()
+        elif action < 0.6:
+            pair.server.ping(b"12345678")
+            pair.pump()
+        elif action < 0.65:
+            pair.client.ping(pair.now)
+        elif action < 0.7:
+            pair.client.verify(pair.now)
+        elif action < 0.75:
+            pair.client.note_gap(100.0, pair.now)
+        pair.run(choose.choice([0.0, 0.1, 1.0, 20.0, 100.0]))
+        assert not pair.client.closed
+    assert not pair.client.keepalive.outstanding or pair.now - (pair.client.keepalive.last_ping_at or 0) < 0.5
+    pair.request()
+    began = pair.now
+    pair.black_hole()
+    pair.run_until(lambda: pair.client.closed)
+    silence_began = max(pair.client.keepalive.last_life, pair.client.keepalive.ready_at)
+    assert isinstance(pair.client.error, PingTimeout)
+    bound = max(began, silence_began + keepalive.read_idle_timeout) + keepalive.ping_timeout + 0.021
+    assert began < pair.now <= bound
+    assert pair.now >= (pair.client.keepalive.last_ping_at or 0) + keepalive.ping_timeout
