@@ -16,6 +16,10 @@ Reading = tuple[float, float, float]
 """Median, least and greatest."""
 
 CROWDED = 0.95
+"""Of its cores: a busier server holds its clients up."""
+
+DISTURBED = 0.15
+"""Of a core: what other processes may take before it shows."""
 
 
 def series(results: Results, value: Value) -> list[float]:
@@ -79,15 +83,18 @@ def _cell(case: Case, candidate: str, results: Results, column: Column, *, sprea
 
 def _remark(case: Case, candidate: str, results: Results) -> str:
     """What makes a row's numbers mean something else than they seem to."""
+
+    def measured(metric: str) -> Reading:
+        return reading(series(results, Value(case.name, candidate, metric))) or (0.0, 0.0, 0.0)
+
     remarks: list[str] = []
-    busy = reading(series(results, Value(case.name, candidate, "server_busy")))
-    if busy is not None and busy[0] > CROWDED:
+    if measured("server_busy")[0] > CROWDED:
         remarks.append("server is the bottleneck")
-    connections = reading(series(results, Value(case.name, candidate, "connections")))
-    if case.one_connection and connections is not None and connections[2] > 1:
-        remarks.append(f"{connections[2]:.0f} connections")
-    failed = sum(metrics is None for metrics in results[case.name][candidate])
-    if failed:
+    if measured("others_busy")[2] > DISTURBED:
+        remarks.append(f"others used up to {measured('others_busy')[2]:.0%} of a core")
+    if case.one_connection and measured("connections")[2] > 1:
+        remarks.append(f"{measured('connections')[2]:.0f} connections")
+    if failed := sum(metrics is None for metrics in results[case.name][candidate]):
         remarks.append(f"{failed} rounds failed")
     return ", ".join(remarks)
 

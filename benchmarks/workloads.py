@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,34 +40,37 @@ class Parameters:
 
 
 class Window:
-    """The measured span: wall time, the client's CPU (all its threads) and the server's."""
+    """The measured span: wall time, the CPU of the client (all its threads), of the server, and of everybody else."""
 
     def __init__(self, stats: str) -> None:
         self._stats = stats
-        self._before: Mapping[str, Any] = {}
-        self._wall = self._cpu = 0.0
+        self._server_before: Mapping[str, Any] = {}
+        self._wall = self._cpu = self._machine = 0.0
         self.seconds = 0.0
 
     def __enter__(self) -> Self:
-        self._before = self._server()
+        self._server_before = self._server()
+        self._machine = _machine_cpu()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._wall
         self._cpu = time.process_time() - self._cpu
+        self._machine = _machine_cpu() - self._machine
 
     def metrics(self, units: float) -> Metrics:
         """What the span cost, given how many requests, events or MiB went through it."""
         after = self._server()
-        procs = after["procs"]
+        server = after["cpu_seconds"] - self._server_before["cpu_seconds"]
         return {
             "units": units,
             "seconds": self.seconds,
             "per_second": units / self.seconds,
             "cpu_us": self._cpu / max(units, 1) * 1e6,
             "client_busy": self._cpu / self.seconds,
-            "server_busy": (after["cpu_seconds"] - self._before["cpu_seconds"]) / self.seconds / procs,
+            "server_busy": server / self.seconds / after["procs"],
+            "others_busy": max(0.0, self._machine - self._cpu - server) / self.seconds,
             "connections": after["connections"],
         }
 
@@ -77,6 +82,16 @@ class Window:
         finally:
             connection.close()
         return answer
+
+
+def _machine_cpu() -> float:
+    """Seconds of CPU that anybody has used on this machine, 0 where there is no /proc."""
+    try:
+        fields = Path("/proc/stat").read_text().partition("\n")[0].split()
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[1:9])
+    return (user + nice + system + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -237,6 +237,78 @@ def test_k23_one_reset_a_stream() -> None:
 # Malformed input
 
 
+def test_continuations_make_one_head_padding_and_priority_are_dropped() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    block = pair.server.encoder.encode([(":status", "200"), ("a", "b")])
+    first = frames.HeadersFrame(stream_id, data=block[:2], flags=["PADDED", "PRIORITY", "END_STREAM"])
+    first.pad_length = 3
+    pair.server_send_raw(
+        first.serialize()
+        + frame(frames.ContinuationFrame, stream_id, data=block[2:4])
+        + frame(frames.ContinuationFrame, stream_id, "END_HEADERS", data=block[4:])
+    )
+    pair.run(0.1)
+    assert pair.happened(events.ResponseReceived) == [events.ResponseReceived(stream_id, 200, [(b"a", b"b")])]
+    assert pair.happened(events.StreamEnded)
+
+
+def test_a_late_head_in_pieces_is_followed_too() -> None:
+    pair = Pair(OFF)
+    stream_id, other = pair.request(), pair.request()
+    pair.run(0.1)
+    pair.client.release(stream_id, pair.now)
+    pair.pump()
+    block = pair.server.encoder.encode([(":status", "200"), ("late", "1")])
+    pair.server_send_raw(
+        frame(frames.HeadersFrame, stream_id, data=block[:1])
+        + frame(frames.ContinuationFrame, stream_id, "END_HEADERS", data=block[1:])
+        + frame(frames.RstStreamFrame, stream_id)
+        + frame(frames.WindowUpdateFrame, stream_id, window_increment=1)
+    )
+    pair.run(0.1)
+    pair.server.send_headers(other, [(":status", "200"), ("late", "1")], end_stream=True)
+    pair.run(0.1)
+    assert pair.happened(events.ResponseReceived) == [events.ResponseReceived(other, 200, [(b"late", b"1")])]
+
+
+def test_a_promise_on_a_reset_stream_ends_the_connection() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.client.release(stream_id, pair.now)
+    pair.server_send_raw(frame(frames.PushPromiseFrame, stream_id, "END_HEADERS", data=b"", promised_stream_id=2))
+    pair.run(0.1)
+    assert pair.client.closed
+
+
+def test_more_data_than_the_windows_allow_ends_the_connection() -> None:
+    for repeat, stream_window in ((9, True), (5_000, False)):
+        pair = Pair(OFF)
+        stream_id = open_response(pair)
+        if not stream_window:
+            pair.client.release(stream_id, pair.now)
+            pair.pump()
+            pair.client._engine._h2._inbound_flow_control_window_manager.current_window_size = 100_000  # type: ignore[attr-defined]
+        pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"x" * 16_384) * repeat)
+        pair.run(0.1)
+        assert goaway_codes(pair) == [3]
+
+
+def test_a_header_list_that_changes_each_time_is_never_remembered() -> None:
+    pair = Pair(OFF)
+    for n in range(600):
+        stream_id = pair.request()
+        pair.run(0.03)
+        pair.server.send_headers(
+            stream_id, [(b":status", b"200"), hpack.NeverIndexedHeaderTuple(b"n", b"%d" % n)], end_stream=True
+        )
+        pair.run(0.03)
+    heads = [event for event in pair.events if isinstance(event, events.ResponseReceived)]
+    assert [head.headers for head in heads] == [[(b"n", b"%d" % n)] for n in range(600)]
+
+
 def test_a_frame_longer_than_allowed_is_refused_before_its_body_came() -> None:
     pair = Pair(OFF)
     stream_id = pair.request()
@@ -288,6 +360,7 @@ def test_violations_end_the_connection_with_one_clean_error(raw: bytes) -> None:
         pytest.param([(":status", "200"), ("content-length", "5")], b"toolong", id="body-longer-than-declared"),
         pytest.param([(":status", "200"), ("content-length", "50")], b"short", id="body-shorter-than-declared"),
         pytest.param([("server", "x")], b"", id="no-status"),
+        pytest.param([(":status", "2x0")], b"", id="status-not-a-number"),
         pytest.param([(":status", "200"), ("Upper", "x")], b"", id="upper-case"),
         pytest.param([(":status", "200"), ("connection", "close")], b"", id="connection-specific"),
         pytest.param([(":status", "200"), ("content-length", "x")], b"", id="bad-length"),

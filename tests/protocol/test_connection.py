@@ -605,6 +605,82 @@ def test_k21_progress_between_two_timeouts_clears_the_connection() -> None:
     assert pair.client.accepting
 
 
+def test_a_stream_that_outlives_thousands_does_not_keep_their_alarms() -> None:
+    pair = Pair(OFF)
+    pair.run(0.1)
+    eldest = pair.request(read_timeout=500.0)
+    pair.client.await_data(eldest, pair.now)
+    for _ in range(1_000):
+        stream_id = pair.request(read_timeout=600.0, write_timeout=600.0)
+        pair.client.release(stream_id, pair.now)
+    assert len(pair.client._alarms._heap) < 200
+    pair.run(501.0)
+    assert isinstance(pair.failure(eldest), ReadTimeout)
+
+
+def test_a_released_streams_late_alarm_changes_nothing() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request(read_timeout=5.0)
+    pair.client.await_data(stream_id, pair.now)
+    pair.run(3.0)
+    pair.respond(stream_id, b"x", end_stream=False)
+    pair.run(1.0)
+    pair.client.read(stream_id, pair.now)
+    pair.client.await_data(stream_id, pair.now)
+    pair.run(4.0)
+    assert pair.failure(stream_id) is None
+    pair.run(2.0)
+    assert isinstance(pair.failure(stream_id), ReadTimeout)
+
+
+def test_goaway_finds_requests_that_were_not_sent_yet() -> None:
+    pair = Pair()
+    sent = pair.request()
+    pair.run(0.1)
+    unsent = pair.client.send_request(list(REQUEST), pair.now)
+    pair.client.receive_data(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", pair.now)
+    pair.pump()
+    for stream_id in (sent, unsent):
+        error = pair.failure(stream_id)
+        assert isinstance(error, ConnectionGoingAway)
+        assert error.unprocessed
+    assert pair.client.open_streams == 0
+
+
+def test_goaway_at_a_reset_stream_changes_nothing_for_it() -> None:
+    pair = Pair()
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server.reset_stream(stream_id, 2)
+    pair.pump()
+    pair.run(0.1)
+    pair.client.receive_data(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", pair.now)
+    assert isinstance(pair.failure(stream_id), StreamReset)
+
+
+def test_a_request_head_larger_than_a_frame_is_continued_unbroken() -> None:
+    pair = Pair()
+    pair.run(0.1)
+    head = [*REQUEST, *[(b"x-%d" % n, b"\xff" * 1_000) for n in range(20)]]
+    stream_id = pair.client.send_request(head, pair.now)
+    pair.run(0.1)
+    (request,) = [event for event in pair.server_events if isinstance(event, h2.events.RequestReceived)]
+    assert [tuple(field) for field in request.headers or []] == head
+    pair.respond(stream_id)
+    pair.run(0.1)
+    assert pair.happened(events.StreamEnded)
+
+
+def test_the_earlier_of_both_clocks_counts() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request(end_stream=False, read_timeout=1.0, write_timeout=3.0)
+    pair.client.await_data(stream_id, pair.now)
+    pair.client.send_data(stream_id, b"x" * 100_000, end_stream=True, now=pair.now)
+    pair.pump()
+    pair.run(10.0)
+    assert isinstance(pair.failure(stream_id), WriteTimeout)
+
+
 def test_the_alarms_of_many_streams_cost_no_memory_when_they_are_gone() -> None:
     pair = Pair(OFF)
     pair.run(0.1)

@@ -79,10 +79,11 @@ class Settings:
         self._require("forget_after", "read_idle_timeout", "no PING comes before the flow is forgotten")
         self._require("silence", "forget_after", "no flow is forgotten")
         self._require("read_timeout", "silence", "nobody waits for the answer")
-        if self.read_timeout <= self.promised:
+        if self.read_timeout <= self.promised + _TOLERANCE:
             raise ValueError(
                 f"{_option('read_timeout')} {self.read_timeout:g}: must be more than {_option('read_idle_timeout')} "
-                f"and {_option('ping_timeout')} together ({self.promised:g}), else no PING is needed"
+                f"and {_option('ping_timeout')} together ({self.promised:g}) by more than {_TOLERANCE:g}, else PINGs "
+                "find nothing sooner"
             )
 
     def _require(self, longer: str, shorter: str, otherwise: str) -> None:

@@ -31,14 +31,16 @@ import time
 import urllib.parse
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import hypercorn.asyncio
 import hypercorn.config
 import trustme
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+
+    from hypercorn.typing import Framework
 
 __all__ = ["ANSWER", "Gateway", "GatewayError", "app", "gateway"]
 
@@ -49,9 +51,9 @@ _HOST = "127.0.0.1"
 _START_SECONDS = 30
 _PEXEC = re.compile(r"/v2/nvcf/pexec/functions/([^/]+)(?:/versions/[^/]+)?")
 
-Scope: TypeAlias = "dict[str, Any]"
-Receive: TypeAlias = "Callable[[], Awaitable[dict[str, Any]]]"
-Send: TypeAlias = "Callable[[dict[str, Any]], Awaitable[None]]"
+Scope: TypeAlias = "MutableMapping[str, Any]"
+Receive: TypeAlias = "Callable[[], Awaitable[MutableMapping[str, Any]]]"
+Send: TypeAlias = "Callable[[MutableMapping[str, Any]], Awaitable[None]]"
 
 
 # The application
@@ -351,7 +353,8 @@ def _serve() -> None:
     threading.Thread(target=_die_with_caller, daemon=True).start()
     sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
-    asyncio.run(hypercorn.asyncio.serve(app, _Config(context, listener)))  # type: ignore[arg-type]
+    # hypercorn types the messages one by one; `app` takes them as the mappings that they are.
+    asyncio.run(hypercorn.asyncio.serve(cast("Framework", app), _Config(context, listener)))
 
 
 def _die_with_caller() -> None:

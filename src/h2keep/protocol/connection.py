@@ -278,12 +278,12 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is None or not stream.open or self.closed:
             return
-        if stream.fields is None:
+        if stream.sent_at is not None:
             # After the response's end only our own half is open: the peer has no more use for it.
             self._engine.send_reset(stream_id, ErrorCode.NO_ERROR if stream.ended else error_code)
             self._control_queued = True
             if not stream.ended:
-                self._suspect(stream, now)
+                self._suspect(stream.sent_at, now)
         self._close_stream(stream)
         self._forget(stream)
 
@@ -539,10 +539,8 @@ class Connection:
         self._note_reply()
         self._fail_stream(stream, RemoteProtocolError(f"{self.name}: the server sent {reason}; the stream was reset"))
 
-    def _suspect(self, stream: Stream, now: float) -> None:
-        if stream.sent_at is None:
-            return
-        if self.keepalive.ping_for_suspicion(stream.sent_at, now):
+    def _suspect(self, sent_at: float, now: float) -> None:
+        if self.keepalive.ping_for_suspicion(sent_at, now):
             self._send_ping(now)
         if not self.keepalive.verified(now):
             self._held_slots += 1

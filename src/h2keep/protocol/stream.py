@@ -165,8 +165,6 @@ class Stream:
         return self.write_since + self.write_timeout
 
     def deadline(self) -> float | None:
-        """The earlier of the two."""
-        read, write = self.read_deadline(), self.write_deadline()
-        if read is None or write is None:
-            return write if read is None else read
-        return min(read, write)
+        """When either timeout fires; never both run, since END_STREAM stops the one and starts the other."""
+        read = self.read_deadline()
+        return self.write_deadline() if read is None else read

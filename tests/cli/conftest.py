@@ -1,0 +1,10 @@
+"""The demo runs on asyncio; so do its tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
