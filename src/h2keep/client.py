@@ -121,7 +121,10 @@ class Response:
     async def aread(self) -> bytes:
         """Read the body to its end."""
         if self._content is None:
-            self._content = b"".join([chunk async for chunk in self.aiter_bytes()])
+            chunks = []
+            while chunk := await self._stream.receive():
+                chunks.append(chunk)
+            self._content = b"".join(chunks)
         return self._content
 
     async def aiter_bytes(self) -> AsyncIterator[bytes]:

@@ -184,14 +184,16 @@ class KeepaliveTimer:
     def note_stream_opened(self) -> None:
         """A stream was opened. The first arms K3's PING; after a long silence it is due at once (K11)."""
         self.open_streams += 1
-        self._take_in_life()
-        self._arm()
+        if self.open_streams == 1:
+            self._take_in_life()
+            self._arm()
 
     def note_stream_closed(self) -> None:
         """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11)."""
         self.open_streams -= 1
-        self._take_in_life()
-        self._arm()
+        if self.open_streams == 0:
+            self._take_in_life()
+            self._arm()
 
     def note_ping_ack(self, payload: bytes, now: float) -> float | None:
         """An ACK came: the round-trip time in seconds if it is the first of the last PING, else None (K3).
@@ -232,7 +234,6 @@ class KeepaliveTimer:
 
         An outstanding PING, also while it is judged, gets ping_timeout anew, in all by at most 2 x ping_timeout.
         """
-        self._take_in_life()
         if not self.outstanding:
             return
         # Time that we slept through is K7's to excuse. Charged to the allowance, it could use that up and still leave

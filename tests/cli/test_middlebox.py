@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from h2keep.cli.middlebox import BytesDropped, BytesPassed, Event, FlowForgotten, FlowOpened, Middlebox, Towards
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -277,6 +277,7 @@ def test_k3_a_users_ping_joins_the_outstanding_one() -> None:
 def test_k3_waits_while_a_users_ping_is_outstanding() -> None:
     timer = make()
     assert timer.ping_for_user(29.0)
+    assert timer.next_deadline() == 44.0
     assert verdicts(timer) == [(44.0 + STEP, LOST)]
     assert (timer.pings_sent, timer.last_ping_purpose) == (1, PingPurpose.USER)
 
@@ -658,6 +659,13 @@ def test_k11_silence_counts_whether_or_not_streams_are_open() -> None:
     assert verdicts(timer, until=40.0) == [(40.0, SEND_PING)]
 
 
+def test_k11_what_a_first_stream_arms_is_measured_from_the_last_life() -> None:
+    timer = make(streams=0)
+    timer.note_life(10.0)
+    timer.note_stream_opened()
+    assert timer.next_deadline() == 40.0
+
+
 def test_k11_a_stream_on_a_long_silent_connection_is_due_at_once() -> None:
     timer = make(streams=0)
     timer.note_stream_opened()
@@ -715,6 +723,13 @@ def test_k13_the_interval_in_force_changes_at_once() -> None:
     timer.use_interval(45.0)
     assert verdicts(timer, until=45.0) == [(45.0, SEND_PING)]
     assert timer.policy.read_idle_timeout == 30.0
+
+
+def test_k13_what_a_new_interval_arms_is_measured_from_the_last_life() -> None:
+    timer = make()
+    timer.note_life(20.0)
+    timer.use_interval(60.0)
+    assert timer.next_deadline() == 80.0
 
 
 def test_k13_the_interval_is_never_below_the_configured_one() -> None:
@@ -982,6 +997,14 @@ def test_k17_a_received_goaway_disarms_an_idle_connection_but_not_its_outstandin
     timer.handle_timeout(30.0)
     timer.note_going_away()
     assert verdicts(timer) == [(45.0 + STEP, LOST)]
+
+
+def test_k17_a_received_goaway_disarms_an_idle_connection_whose_ping_was_answered() -> None:
+    timer = make(Keepalive(jitter=0.0, while_idle=True), streams=0)
+    timer.handle_timeout(30.0)
+    timer.note_life(31.0)
+    timer.note_going_away()
+    assert timer.next_deadline() is None
 
 
 def test_k17_after_a_received_goaway_nothing_is_verified_for_reuse() -> None:

@@ -140,7 +140,7 @@ class Referee:
 
     def _count_lateness(self) -> None:
         deadline = self.timer.next_deadline()
-        if deadline is not None and self.now > deadline + LATE:
+        if deadline is not None and self.now > deadline + LATE - EPSILON:
             self.late_moves += 1
 
     def advance_to_deadline(self, late: float = 0.0) -> None:

@@ -197,7 +197,7 @@ class Call:
 
 def _root(error: BaseException) -> BaseException:
     """The transport's own error, below what the SDK made of it."""
-    while not isinstance(error, httpx2.TransportError) and error.__cause__ is not None:
+    while isinstance(error, openai.OpenAIError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -390,6 +390,8 @@ class _Stage:
         """Each call has its own, so that flows can't be mistaken."""
         return Middlebox((self.server.host, self.server.port), self.settings.forget_after, call.on_flow)
 
+    # trust_env would lead past the middlebox, where the environment names a proxy.
+
     def _stock(self) -> httpx2.AsyncClient:
         return openai.DefaultAsyncHttpxClient(
             verify=self.server.client_context(), http1=False, http2=True, trust_env=False
@@ -402,7 +404,6 @@ class _Stage:
             keepalive=self.settings.keepalive,
             event_hook=call.on_connection,
         )
-        # trust_env would lead past the middlebox, through a proxy.
         return openai.DefaultAsyncHttpxClient(transport=transport, trust_env=False)
 
     def _client(self, box: Middlebox, http: httpx2.AsyncClient) -> openai.AsyncOpenAI:

@@ -320,10 +320,10 @@ async def _started(process: asyncio.subprocess.Process) -> Gateway:
         async with asyncio.timeout(_START_SECONDS):
             if line := await process.stdout.readline():
                 return Gateway(**json.loads(line))
-            complaint = (await process.stderr.read()).decode(errors="replace").strip()
+            complaint = (await process.stderr.read()).decode(errors="replace").splitlines() or ["without a word"]
     except TimeoutError:
         raise GatewayError(f"the gateway's process was not ready after {_START_SECONDS} seconds") from None
-    raise GatewayError(f"the gateway's process ended before it was ready: {complaint}")
+    raise GatewayError(f"the gateway's process ended before it was ready: {complaint[-1]}")
 
 
 class _Config(hypercorn.config.Config):

@@ -60,7 +60,7 @@ class Mark:
     at: float
     #: How many bytes it is about.
     size: int = 0
-    #: In place of the word that stands for its kind.
+    #: What the picture calls it, where that isn't the same for all of its kind.
     word: str = ""
 
 
@@ -137,9 +137,8 @@ class Timeline:
             self._note(lane, mark, note)
 
     def _note(self, lane: Lane, mark: Mark, note: str) -> None:
-        text = (
-            Text(f"{mark.at:6.2f} s  ", style="dim").append(f"{lane.name}  ", "bold").append(note, _STYLES[mark.kind])
-        )
+        moment = f"{mark.at:6.2f} s  "
+        text = Text.assemble((moment, "dim"), (f"{lane.name}  ", "bold"), (note, _STYLES[mark.kind]))
         if self.print_note is not None:
             self.print_note(text)
         elif mark.kind not in (Kind.PING, Kind.ACK):
@@ -190,6 +189,16 @@ _STYLES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """A word to be written beside a glyph that stands at a moment."""
+
+    column: int
+    glyph: str
+    text: str
+    style: str
+
+
 class _Cells:
     """A row of characters, each with a style."""
 
@@ -203,29 +212,29 @@ class _Cells:
             if 0 <= column + offset < self.width:
                 self._cells[column + offset] = character, style
 
-    def put_words(self, words: Sequence[tuple[int, str, str, str]]) -> None:
-        """Write (column, glyph, word, style) each: the word if there is room for it, else the glyph alone."""
-        columns = [column for column, *_ in words] + [self.width]
+    def put_words(self, words: Sequence[_Word], blank: str = "") -> None:
+        """Write words, in the order of their columns: each whole if there is room for it, else its glyph alone.
+
+        `blank` stands between a word and the line that it interrupts.
+        """
         taken = 0
-        for (column, glyph, word, style), following in itertools.zip_longest(words, columns[1:]):
-            after = f"{glyph} {word}".lstrip()
-            before = f" {word.rstrip()} {glyph}".rstrip()
-            if column + len(after) <= following:
-                self.put(column, after, style)
-                taken = column + len(after)
-            elif column + 1 - len(before) > taken and following == self.width:
-                self.put(column + 1 - len(before), before, style)
+        for number, word in enumerate(words, 1):
+            is_last = number == len(words)
+            after = f"{word.glyph} {word.text}".lstrip()
+            before = f"{blank}{word.text} {word.glyph}"
+            if word.column + len(after) < (self.width + 1 if is_last else words[number].column):
+                self.put(word.column, after + blank, word.style)
+                taken = word.column + len(after + blank)
+            elif is_last and word.column + 1 - len(before) >= taken:
+                self.put(word.column + 1 - len(before), before, word.style)
             else:
-                self.put(column, after[:1], style)
-                taken = column + 1
+                self.put(word.column, after[:1], word.style)
+                taken = word.column + 1
 
     def text(self) -> Text:
-        """Without what is blank at the end."""
-        line = Text()
-        for style, group in itertools.groupby(self._cells, key=lambda cell: cell[1]):
-            line.append("".join(character for character, _ in group), style)
-        line.rstrip()
-        return line
+        """For rich."""
+        groups = itertools.groupby(self._cells, key=lambda cell: cell[1])
+        return Text.assemble(*(("".join(character for character, _ in group), style) for style, group in groups))
 
 
 class _Painter:
@@ -241,7 +250,9 @@ class _Painter:
 
     def row(self, name: str, cells: _Cells) -> Text:
         """A row with its name before it."""
-        return Text(f"  {name:<{_MARGIN - 2}}", "dim").append_text(cells.text())
+        row = Text.assemble((f"  {name:<{_MARGIN - 2}}", "dim"), cells.text())
+        row.rstrip()
+        return row
 
     def heading(self, lane: Lane, now: float) -> Text:
         """The lane's name, how its call is doing, and its figures."""
@@ -256,7 +267,7 @@ class _Painter:
             f"   PINGs {pings}, ACKs {acks}"
         )
         gap = self._width + _MARGIN - len(lane.name) - 2 - len(state) - len(figures)
-        return Text(f"{lane.name}  ", "bold").append(state, style).append(" " * max(gap, 2) + figures, "dim")
+        return Text.assemble((f"{lane.name}  ", "bold"), (state, style), (" " * max(gap, 2) + figures, "dim"))
 
     def sent(self, lane: Lane) -> _Cells:
         """What the client sent."""
@@ -268,17 +279,17 @@ class _Painter:
         for mark in lane.all(Kind.PING):
             in_vain = forgotten is not None and mark.at >= forgotten.at
             style = "bold red" if in_vain else _STYLES[Kind.PING]
-            words.append((self._column(mark.at), "", "PING", style))
+            words.append(_Word(self._column(mark.at), "", "PING", style))
         cells.put_words(words)
         return cells
 
     def received(self, lane: Lane) -> _Cells:
         """What reached the client, and what should have."""
         cells = self._bytes(lane, Kind.RECEIVED, self._glyphs.received)
-        words = [(self._column(mark.at), "", "ACK", _STYLES[mark.kind]) for mark in lane.all(Kind.ACK)]
+        words = [_Word(self._column(mark.at), "", "ACK", _STYLES[mark.kind]) for mark in lane.all(Kind.ACK)]
         dropped = lane.first(Kind.NOT_RECEIVED)
         if dropped is not None:
-            words.append((self._column(dropped.at), self._glyphs.lost, "dropped", _STYLES[dropped.kind]))
+            words.append(_Word(self._column(dropped.at), self._glyphs.lost, "dropped", _STYLES[dropped.kind]))
         cells.put_words(words)
         return cells
 
@@ -300,11 +311,11 @@ class _Painter:
                 cells.put(column, self._glyphs.fading, "yellow")
         words = []
         if forgotten is not None:
-            words.append((self._column(forgotten.at), self._glyphs.lost, f"{forgotten.word} ", "bold red"))
+            words.append(_Word(self._column(forgotten.at), self._glyphs.lost, forgotten.word, "bold red"))
         if outcome is not None:
             glyph = self._glyphs.good if outcome.kind is Kind.ANSWERED else self._glyphs.bad
-            words.append((end, glyph, outcome.word, _STYLES[outcome.kind]))
-        cells.put_words(words)
+            words.append(_Word(end, glyph, outcome.word, _STYLES[outcome.kind]))
+        cells.put_words(words, blank=" ")
         return cells
 
     def axis(self) -> _Cells:

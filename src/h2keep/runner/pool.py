@@ -278,6 +278,7 @@ class Pool:
             self._start_dial(state)
 
     def _may_dial(self) -> bool:
+        """Whether max_connections allows another connection; an unused one may be closed for it."""
         limit = self._limits.max_connections
         if limit is None or len(self._states) + self._dials < limit:
             return True
@@ -397,10 +398,10 @@ class Pool:
             self._remove(state, connection)
         else:
             self._classify(state, connection)
-            self._note_idle(connection)
         if state.waiting:
             self._settle_failure(state)
             self._serve(state)
+        self._note_idle(connection)
         self._tidy(state)
 
     def connection_alive(self, connection: Http2Connection) -> None:
@@ -441,8 +442,11 @@ class Pool:
 
     def _feed_starved(self) -> None:
         """A connection or a dial ended: the origin that has waited longest for one may dial."""
-        if self._starved and self._may_dial():
-            state, _ = self._starved.popitem(last=False)
+        while self._starved:
+            state = next(iter(self._starved))
+            if state.waiting and not self._may_dial():
+                return
+            self._starved.pop(state, None)
             if state.waiting:
                 self._make_room(state)
 
