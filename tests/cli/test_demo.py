@@ -20,8 +20,9 @@ from rich.console import Console
 
 from h2keep.cli import demo as module
 from h2keep.cli import main
-from h2keep.cli.demo import Call, Pair, Report, Settings, run
+from h2keep.cli.demo import run
 from h2keep.cli.gateway import ANSWER, GatewayError
+from h2keep.cli.report import Call, Pair, Report, Settings
 from h2keep.cli.timeline import Kind, Lane, Timeline
 from h2keep.errors import PingTimeout
 
@@ -115,7 +116,10 @@ def test_ctrl_c_while_importing() -> None:
         (["--forget-after", "2"], "--forget-after 2: must be more than --read-idle-timeout (2), else no PING comes"),
         (["--silence", "3.5"], "--silence 3.5: must be more than --forget-after (4), else no flow is forgotten"),
         (["--read-timeout", "9"], "--read-timeout 9: must be more than --silence (9), else nobody waits"),
-        (["--ping-timeout", "10.5"], "--read-timeout 13: must be more than --read-idle-timeout and --ping-timeout"),
+        (
+            ["--ping-timeout", "10.5"],
+            "--read-timeout 13: must exceed --read-idle-timeout and --ping-timeout together (12.5) by more than 0.5",
+        ),
     ],
 )
 def test_figures_that_show_nothing_are_refused(arguments: list[str], complaint: str) -> None:

@@ -20,7 +20,7 @@ from h2keep.cli import gateway as module
 from h2keep.cli.gateway import ANSWER, GatewayError, app, gateway
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, MutableMapping
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
@@ -155,6 +155,20 @@ async def test_chat_streams(client: httpx2.AsyncClient) -> None:
     assert (done, rest) == ("data: [DONE]", "")
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Send a PING"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
+
+
+async def test_application_lives_and_ends() -> None:
+    phases = iter(["lifespan.startup", "lifespan.shutdown"])
+    answers: list[object] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": next(phases)}
+
+    async def send(message: MutableMapping[str, object]) -> None:
+        answers.append(message["type"])
+
+    await app({"type": "lifespan"}, receive, send)
+    assert answers == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 async def test_serves_http2_over_tls_in_a_process_of_its_own() -> None:

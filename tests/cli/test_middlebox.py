@@ -177,6 +177,7 @@ async def test_resets_of_a_living_flow_cross() -> None:
         server_writer.transport.abort()
         with contextlib.suppress(ConnectionResetError):
             assert await reader.read() == b""
+        writer.close()
 
 
 async def test_vanished_server_is_silent() -> None:
@@ -189,6 +190,7 @@ async def test_vanished_server_is_silent() -> None:
         s.box.vanish()
         assert len(s.forgotten()) == 1
         writer.write(b"anybody?")
+        writer.write_eof()
         assert await is_silent(reader)
         assert s.dropped(Towards.SERVER) == 8
 
@@ -198,6 +200,7 @@ async def test_vanished_server_takes_no_connections() -> None:
         s.box.vanish()
         reader, writer = await s.connect()
         writer.write(b"anybody?")
+        writer.write_eof()
         assert await is_silent(reader)
         assert s.dropped(Towards.SERVER) == 8
         assert s.accepted.empty()

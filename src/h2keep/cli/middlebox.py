@@ -152,23 +152,23 @@ class _Flow:
             if target is None:
                 self.forget()
                 await self._pump(self._reader, client, Towards.SERVER)
-                return
-            self._look_at_clock()
-            reader, server = await asyncio.open_connection(*target)
-            self._writers.append(server)
-            async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(self._reader, server, Towards.SERVER))
-                pumps.create_task(self._pump(reader, client, Towards.CLIENT))
-            server.close()
+            else:
+                self._look_at_clock()
+                reader, server = await asyncio.open_connection(*target)
+                self._writers.append(server)
+                async with asyncio.TaskGroup() as pumps:
+                    pumps.create_task(self._pump(self._reader, server, Towards.SERVER))
+                    pumps.create_task(self._pump(reader, client, Towards.CLIENT))
         except OSError:
             # There is no server. The client learns it as it would without us.
             client.transport.abort()
-        else:
-            client.close()
         finally:
             self._ended = True
             if self._timer is not None:
                 self._timer.cancel()
+            if not self._forgotten:
+                for writer in self._writers:
+                    writer.close()
 
     def forget(self) -> None:
         """Drop everything from now on."""
