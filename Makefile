@@ -10,7 +10,6 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
-	$(BIN)/python tests/check_coverage.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

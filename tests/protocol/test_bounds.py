@@ -9,7 +9,6 @@ import h2.settings
 import hpack
 import pytest
 from hyperframe import frame as frames
-from support.pair import Pair
 
 from h2keep.errors import ConnectionLost, PingTimeout, RemoteProtocolError
 from h2keep.keepalive import Keepalive
@@ -23,12 +22,13 @@ from h2keep.protocol.flow import (
     GrowthBudget,
     ReceiveWindow,
 )
+from support.pair import Pair
 
 OFF = Keepalive(read_idle_timeout=None)
 
 
 def frame(kind: type[frames.Frame], stream_id: int, *flags: str, **fields: object) -> bytes:
-    made = kind(stream_id, flags=flags)  # type: ignore[arg-type]
+    made = kind(stream_id, flags=flags)
     for name, value in fields.items():
         setattr(made, name, value)
     return made.serialize()
@@ -169,8 +169,7 @@ def test_k23_header_blocks_are_bounded_in_continuations() -> None:
     stream_id = pair.request()
     pair.run(0.1)
     pair.server_send_raw(
-        frame(frames.HeadersFrame, stream_id, data=b"")
-        + frame(frames.ContinuationFrame, stream_id, data=b"") * 64
+        frame(frames.HeadersFrame, stream_id, data=b"") + frame(frames.ContinuationFrame, stream_id, data=b"") * 64
     )
     pair.run(0.1)
     assert goaway_codes(pair) == [0xB]
@@ -195,9 +194,7 @@ def test_k23_push_is_off_from_the_first_byte_and_a_push_ends_the_connection() ->
     settings = [event for event in pair.server_events if isinstance(event, h2.events.RemoteSettingsChanged)]
     assert settings[0].changed_settings[2].new_value == 0
     block = hpack.Encoder().encode([(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"https")])
-    pair.server_send_raw(
-        frame(frames.PushPromiseFrame, stream_id, "END_HEADERS", data=block, promised_stream_id=2)
-    )
+    pair.server_send_raw(frame(frames.PushPromiseFrame, stream_id, "END_HEADERS", data=block, promised_stream_id=2))
     pair.run(0.1)
     assert pair.client.closed
     assert isinstance(pair.failure(stream_id), RemoteProtocolError)
@@ -584,8 +581,7 @@ def test_the_sum_of_promises_stays_bounded_whatever_is_read() -> None:
             if choose.random() < 0.9:
                 pair.client.read(stream_id, pair.now)
         promised = sum(
-            pair.server.streams[stream_id].outbound_flow_control_window
-            + len(pair.client._streams[stream_id].buffer)
+            pair.server.streams[stream_id].outbound_flow_control_window + len(pair.client._streams[stream_id].buffer)
             for stream_id in streams
         )
         assert promised <= 8 * INITIAL_WINDOW + CONNECTION_GROWTH

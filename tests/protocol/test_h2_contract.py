@@ -149,9 +149,7 @@ def test_hpack_tables_tell_of_every_change() -> None:
     ]
     for round_ in range(3):
         for fields in lists:
-            sensitive = [
-                hpack.NeverIndexedHeaderTuple(*field) if field[0] == b"cookie" else field for field in fields
-            ]
+            sensitive = [hpack.NeverIndexedHeaderTuple(*field) if field[0] == b"cookie" else field for field in fields]
             block = encoder.block(fields)
             assert block == plain.encode(sensitive)
             assert [tuple(field) for field in decoder.fields(block).fields] == fields

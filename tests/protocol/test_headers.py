@@ -9,7 +9,9 @@ from h2keep.protocol.headers import check_fields, request_fields
 
 
 def test_a_request_head_in_the_order_of_the_wire() -> None:
-    head, length = request_fields(b"POST", b"https", b"example.com", b"/p?q=1", [(b"content-length", b"5"), (b"a", b"b")])
+    head, length = request_fields(
+        b"POST", b"https", b"example.com", b"/p?q=1", [(b"content-length", b"5"), (b"a", b"b")]
+    )
     assert head == [
         (b":method", b"POST"),
         (b":authority", b"example.com"),

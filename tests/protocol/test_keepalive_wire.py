@@ -6,11 +6,11 @@ import random
 
 import h2.events
 import pytest
-from support.pair import Pair
 
 from h2keep.errors import PingTimeout
 from h2keep.keepalive import Keepalive, PingPurpose
 from h2keep.protocol import events
+from support.pair import Pair
 
 DEFAULT = Keepalive(jitter=0.0)
 

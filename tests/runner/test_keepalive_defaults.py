@@ -7,18 +7,15 @@ from typing import Any
 import anyio
 import pytest
 from hyperframe import frame as frames
-from support.peer import serve
-from support.virtual import VIRTUAL, backend
 
 import h2keep
 from h2keep.protocol import events
+from support.clock import virtual_time
+from support.raw import RawServer, answering
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
 
-
-@pytest.fixture(params=VIRTUAL)
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return backend(request.param)
+STREAMS = frames.SettingsFrame.MAX_CONCURRENT_STREAMS
 
 
 def client(**options: Any) -> h2keep.AsyncClient:
@@ -26,26 +23,27 @@ def client(**options: Any) -> h2keep.AsyncClient:
 
 
 async def test_k3_an_answer_after_half_an_hour_arrives() -> None:
-    async with serve() as server, client() as c:
-        server.answer(b"at last", delay=1799.0)
+    async with RawServer.listen() as server, client() as c:
+        server.serve(answering(b"at last", delay=1799.0))
         began = anyio.current_time()
         response = await c.post(server.url, content=b"question")
         assert response.content == b"at last"
         assert anyio.current_time() - began == pytest.approx(1799.0, abs=0.1)
         pings = server.peers[0].pings
-        assert [round(at - began) for at in pings] == list(range(30, 1800, 30))
+        assert [round(ping.at - began) for ping in pings] == list(range(30, 1800, 30))
         assert response.connection.pings_sent == response.connection.pings_acked == len(pings)
 
 
 async def test_k4_k8_silence_for_ever_is_a_ping_timeout_after_45_seconds() -> None:
-    async with serve() as server, client() as c:
+    async with RawServer.listen() as server, client() as c:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_fails_after, c, server.url, 45.0)
             tasks.start_soon(_fails_after, c, server.url, 45.0)
             peer = await server.accept()
-            peer.auto_ping = False
+            peer.auto_ack_pings = False
+            await peer.handshake()
         assert len(server.peers) == 1
-        server.answer()
+        server.serve(answering())
         assert (await c.get(server.url)).content == b"ok"
         assert len(server.peers) == 2
 
@@ -59,16 +57,16 @@ async def _fails_after(c: h2keep.AsyncClient, url: str, seconds: float) -> None:
 
 
 async def test_k11_an_unused_connection_is_left_alone() -> None:
-    async with serve() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
-        server.answer()
+    async with RawServer.listen() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
+        server.serve(answering())
         await c.get(server.url)
         await anyio.sleep(3600.0)
         assert not server.peers[0].pings
 
 
 async def test_k9_a_long_unused_connection_must_answer_before_it_is_used() -> None:
-    async with serve() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
-        server.answer()
+    async with RawServer.listen() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
+        server.serve(answering())
         await c.get(server.url)
         await anyio.sleep(31.0)
         assert (await c.get(server.url)).content == b"ok"
@@ -77,8 +75,8 @@ async def test_k9_a_long_unused_connection_must_answer_before_it_is_used() -> No
 
 
 async def test_k9_a_connection_that_died_unused_costs_a_hedge_and_no_failure() -> None:
-    async with serve() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
-        server.answer()
+    async with RawServer.listen() as server, client(limits=h2keep.Limits(keepalive_expiry=None)) as c:
+        server.serve(answering())
         await c.get(server.url)
         await anyio.sleep(31.0)
         server.peers[0].stop_reading()
@@ -93,8 +91,8 @@ async def test_k9_if_neither_the_old_nor_a_new_connection_works_the_dials_error_
     seen: list[Any] = []
     limits = h2keep.Limits(keepalive_expiry=None)
     async with client(limits=limits, event_hook=lambda stats, event: seen.append(event)) as c:
-        async with serve() as server:
-            server.answer()
+        async with RawServer.listen() as server:
+            server.serve(answering())
             await c.get(server.url)
             url = server.url
             await anyio.sleep(31.0)
@@ -110,27 +108,28 @@ async def test_k9_if_neither_the_old_nor_a_new_connection_works_the_dials_error_
 
 
 async def test_unused_connections_are_closed_after_keepalive_expiry() -> None:
-    async with serve() as server, client(limits=h2keep.Limits(keepalive_expiry=60.0)) as c:
-        server.answer()
+    async with RawServer.listen() as server, client(limits=h2keep.Limits(keepalive_expiry=60.0)) as c:
+        server.serve(answering())
         await c.get(server.url)
         await anyio.sleep(59.0)
         await c.get(server.url)
         await anyio.sleep(59.0)
-        assert not server.peers[0].closed.is_set()
+        assert not server.peers[0].ended
         await anyio.sleep(2.0)
-        assert server.peers[0].closed.is_set()
+        assert server.peers[0].ended
         assert len(server.peers[0].seen(frames.GoAwayFrame)) == 1
 
 
 async def test_k13_an_origin_that_punishes_pings_is_asked_half_as_often(caplog: pytest.LogCaptureFixture) -> None:
-    async with serve() as server, client() as c:
+    async with RawServer.listen() as server, client() as c:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_is_going_away, c, server.url)
             peer = await server.accept()
+            await peer.handshake()
             await peer.request()
             await anyio.sleep(100.0)
             await peer.goaway(0, 0xB, b"too_many_pings")
-        server.answer(delay=200.0)
+        server.serve(answering(delay=200.0))
         response = await c.get(server.url)
         assert response.connection.interval == 60.0
         assert len(server.peers[1].pings) == 3
@@ -152,8 +151,8 @@ async def test_k20_the_hook_and_the_log_tell_of_every_ping(caplog: pytest.LogCap
         if len(seen) == 2:
             raise ValueError("a hook's failure is the hook's")
 
-    async with serve() as server, client(event_hook=hook) as c:
-        server.answer(delay=31.0)
+    async with RawServer.listen() as server, client(event_hook=hook) as c:
+        server.serve(answering(delay=31.0))
         await c.get(server.url)
     assert seen == [
         (server.url, name) for name in ("ConnectionReady", "PingSent", "PingAcknowledged", "ConnectionClosed")
@@ -166,8 +165,8 @@ async def test_k20_the_hook_and_the_log_tell_of_every_ping(caplog: pytest.LogCap
 async def test_k21_ping_acks_do_not_hold_back_a_streams_read_timeout() -> None:
     keepalive = h2keep.Keepalive(read_idle_timeout=5.0, ping_timeout=5.0)
     timeout = h2keep.Timeout(read=60.0)
-    async with serve() as server, h2keep.AsyncClient(http1=False, keepalive=keepalive, timeout=timeout) as c:
-        server.answer(delay=10_000.0)
+    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, keepalive=keepalive, timeout=timeout) as c:
+        server.serve(answering(delay=10_000.0))
         began = anyio.current_time()
         with pytest.raises(h2keep.ReadTimeout, match=r"within 60.0 s"):
             await c.get(server.url)
@@ -179,8 +178,8 @@ async def test_k21_ping_acks_do_not_hold_back_a_streams_read_timeout() -> None:
 
 async def test_k21_a_wedged_connection_is_left_after_two_timeouts() -> None:
     timeout = h2keep.Timeout(read=5.0)
-    async with serve() as server, h2keep.AsyncClient(http1=False, timeout=timeout) as c:
-        server.answer(delay=10_000.0)
+    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, timeout=timeout) as c:
+        server.serve(answering(delay=10_000.0))
         for _ in range(3):
             with pytest.raises(h2keep.ReadTimeout):
                 await c.get(server.url)
@@ -189,9 +188,11 @@ async def test_k21_a_wedged_connection_is_left_after_two_timeouts() -> None:
 
 async def test_a_blocked_origin_runs_into_the_pool_timeout() -> None:
     limits = h2keep.Limits(max_connections=1)
-    async with serve() as server, h2keep.AsyncClient(http1=False, limits=limits, timeout=h2keep.Timeout(read=None)) as c:
-        server.settings = {3: 1}
-        server.answer(delay=100.0)
+    async with (
+        RawServer.listen() as server,
+        h2keep.AsyncClient(http1=False, limits=limits, timeout=h2keep.Timeout(read=None)) as c,
+    ):
+        server.serve(answering(delay=100.0), {STREAMS: 1})
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(c.get, server.url)
             await anyio.sleep(1.0)
@@ -203,9 +204,8 @@ async def test_a_blocked_origin_runs_into_the_pool_timeout() -> None:
 
 async def test_requests_beyond_the_stream_limit_wait_their_turn() -> None:
     limits = h2keep.Limits(max_connections=1)
-    async with serve() as server, h2keep.AsyncClient(http1=False, limits=limits, timeout=None) as c:
-        server.settings = {3: 2}
-        server.answer(delay=10.0)
+    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, limits=limits, timeout=None) as c:
+        server.serve(answering(delay=10.0), {STREAMS: 2})
         order: list[int] = []
 
         async def one(number: int) -> None:
@@ -222,9 +222,9 @@ async def test_requests_beyond_the_stream_limit_wait_their_turn() -> None:
 
 
 async def test_a_server_that_accepts_and_says_nothing_runs_into_the_connect_timeout(
-    client_tls: Any,
+    client_ssl: Any,
 ) -> None:
-    async with serve() as server, h2keep.AsyncClient(verify=client_tls) as c:
+    async with RawServer.listen() as server, h2keep.AsyncClient(verify=client_ssl) as c:
         began = anyio.current_time()
         with pytest.raises(h2keep.ConnectTimeout, match="connect timeout") as caught:
             await c.get(server.url.replace("http", "https"))

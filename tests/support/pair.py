@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import h2.config
 import h2.connection
@@ -18,7 +18,11 @@ import h2.settings
 
 from h2keep.keepalive import Keepalive
 from h2keep.protocol import Connection, events
-from h2keep.protocol.flow import GrowthBudget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from h2keep.protocol.flow import GrowthBudget
 
 REQUEST = [(b":method", b"GET"), (b":authority", b"example.com"), (b":scheme", b"https"), (b":path", b"/")]
 #: Steps after which a schedule is taken to go round in circles.

@@ -140,6 +140,7 @@ class Peer:
                 self._put(self._tls_out.read())
                 data = await self._receive_ciphertext()
                 if not data:
+                    self._end()
                     raise anyio.EndOfStream from None
                 self._tls_in.write(data)
             except ssl.SSLError as error:
@@ -193,12 +194,14 @@ class Peer:
             try:
                 while piece := self._tls.read(_CHUNK):
                     plain += piece
+                # The client's close_notify is an empty read, or an error once we have sent our own.
+                ended = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
                 ended = True
-                if self.auto_close_notify:
-                    self._say_goodbye()
+            if ended and self.auto_close_notify:
+                self._say_goodbye()
             self._put(self._tls_out.read())
             if plain or ended:
                 return bytes(plain)
@@ -637,9 +640,12 @@ class RawServer:
         """
 
         async def handle(peer: Peer) -> None:
-            with contextlib.suppress(*GONE):
+            try:
                 await peer.handshake(settings)
                 await handler(peer)
+            except* GONE:
+                # In a group with it, perhaps, the cancellation of the handler's own tasks, which goes on.
+                pass
 
         async def accept_for_ever() -> None:
             with contextlib.suppress(anyio.ClosedResourceError):

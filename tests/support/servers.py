@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Real HTTP/2 servers from wheels, in processes of their own."""
