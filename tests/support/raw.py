@@ -208,7 +208,8 @@ class Peer:
 
     async def _receive_ciphertext(self) -> bytes:
         while self.sock.fileno() != -1:
-            await self._may_read.wait()
+            while not self._may_read.is_set():
+                await self._may_read.wait()
             try:
                 return self.sock.recv(_CHUNK)
             except BlockingIOError:
