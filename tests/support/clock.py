@@ -66,6 +66,7 @@ class Backend:
 
     name: str
     options: Callable[[], dict[str, Any]] = dict
+    virtual: bool = False
 
     def fresh(self) -> tuple[str, dict[str, Any]]:
         return self.name, self.options()
@@ -80,8 +81,8 @@ REAL_BACKENDS = [
     pytest.param(Backend("trio"), id="trio"),
 ]
 VIRTUAL_BACKENDS = [
-    pytest.param(Backend("asyncio", lambda: {"loop_factory": VirtualLoop}), id="asyncio-virtual"),
-    pytest.param(Backend("trio", _autojump), id="trio-virtual"),
+    pytest.param(Backend("asyncio", lambda: {"loop_factory": VirtualLoop}, virtual=True), id="asyncio-virtual"),
+    pytest.param(Backend("trio", _autojump, virtual=True), id="trio-virtual"),
 ]
 
 #: The mark for tests on virtual time.
