@@ -308,6 +308,13 @@ class Connection:
             self._control_queued = True
             self._end(ConnectionLost(f"{self.name}: the connection was closed by this side"), now, in_order=True)
 
+    def give_up(self, error: H2KeepError, now: float) -> None:
+        """Say GOAWAY for a reason of the runner's; streams that are still open fail with it."""
+        if not self.closed:
+            self._engine.send_goaway(ErrorCode.NO_ERROR, b"")
+            self._control_queued = True
+            self._end(error, now)
+
     # Facts from the runner
 
     def note_life(self, now: float) -> None:

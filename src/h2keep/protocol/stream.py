@@ -104,11 +104,16 @@ class Stream:
         length = view.nbytes if view is not None else 0
         if self.body_left is not None:
             if length > self.body_left:
+                excess = length - self.body_left
                 raise LocalProtocolError(
-                    f"the body is longer than its Content-Length by at least {length - self.body_left} bytes"
+                    f"the body is longer than its Content-Length by at least {excess} bytes",
+                    unprocessed=self.fields is not None,
                 )
             if end_stream and length < self.body_left:
-                raise LocalProtocolError(f"the body is {self.body_left - length} bytes shorter than its Content-Length")
+                raise LocalProtocolError(
+                    f"the body is {self.body_left - length} bytes shorter than its Content-Length",
+                    unprocessed=self.fields is not None,
+                )
             self.body_left -= length
         if not self.queued and self.fields is None:
             self.write_since = now

@@ -141,6 +141,9 @@ class Driver(Protocol):
     async def wait_stopped(self) -> None:
         """Wait until the transport is closed and every task is gone."""
 
+    def reap(self) -> None:
+        """Close the socket and nothing else: the event loop is dead, or another process's."""
+
 
 class Http2Connection:
     """A connection that requests can be opened on; see the module's docstring."""
@@ -167,6 +170,8 @@ class Http2Connection:
         #: Since when no request is open or unread here, None while one is.
         self.idle_since: float | None = loop.time()
         self.requests = 0
+        #: Its event loop ended before it did.
+        self.orphaned = False
         self.driver: Driver
         self.stats = ConnectionStats(self)
         self._owner = owner
@@ -174,6 +179,7 @@ class Http2Connection:
         self._gaps = GapWatch(loop.time)
         self._streams: dict[int, Http2Stream] = {}
         self._hooked: list[ConnectionEvent] = []
+        self._ready = loop.parker()
 
     # For the pool
 
@@ -236,10 +242,27 @@ class Http2Connection:
         self._settle()
         return queued
 
+    async def wait_ready(self) -> None:
+        """Wait until the peer's SETTINGS came, or the connection is over. For one task."""
+        while not (self.protocol.ready or self.protocol.closed):
+            await self._ready.park()
+
+    def give_up(self, error: H2KeepError) -> None:
+        """As `close`; open requests fail with this error."""
+        self.protocol.give_up(error, self.loop.time())
+        self._settle()
+
     def close(self) -> None:
         """Say GOAWAY, close TLS, close the socket; open requests fail."""
         self.protocol.close(self.loop.time())
         self._settle()
+
+    def reap(self, reason: str) -> None:
+        """It can't be used any more, nor closed in good order: its event loop is dead, or another process's."""
+        error = ConnectionLost(f"{self.origin}: {reason}")
+        for stream in self._streams.values():
+            stream.error = error
+        self.driver.reap()
 
     # For streams
 
@@ -299,6 +322,11 @@ class Http2Connection:
         """The socket came to its end: EOF, or `cause`."""
         self.protocol.receive_eof(self.loop.time(), cause)
         self._settle()
+
+    def loop_ended(self) -> None:
+        """The event loop is being shut down, and nobody has closed the connection before."""
+        self.orphaned = True
+        self.ended(RuntimeError("its event loop is shutting down"))
 
     def next_write(self, limit: int) -> bytes:
         """Ciphertext to hand to the socket, b"" if there is nothing to say."""
@@ -368,6 +396,8 @@ class Http2Connection:
                 changed = changed or isinstance(event, events.StreamEnded | events.StreamFailed)
             else:
                 changed = True
+                if isinstance(event, events.ConnectionReady | events.ConnectionClosed):
+                    self._ready.unpark()
                 if not isinstance(event, events.SettingsChanged):
                     self._note(event)
         return changed

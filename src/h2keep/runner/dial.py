@@ -6,10 +6,12 @@ origin is reached. Timeouts are the caller's: everything here can be cancelled a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import ssl
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,6 +29,8 @@ SocketOption: TypeAlias = tuple[int, int, int] | tuple[int, int, bytes | bytearr
 
 #: How long one address may keep the next one waiting, in seconds (RFC 8305, section 5).
 _HAPPY_EYEBALLS_DELAY = 0.25
+#: How long to leave a unix socket's full backlog alone, in seconds.
+_BACKLOG_DELAY = 0.02
 _RECEIVE_SIZE = 16 * 1024
 
 
@@ -78,7 +82,7 @@ async def dial(origin: Origin, options: DialOptions) -> Transport:
     try:
         if origin.scheme == "http":
             return Transport(sock, Cleartext())
-        layer = TLSLayer(options.ssl_context, origin.server_hostname or origin.host)
+        layer = _tls_layer(origin, options)
         await _handshake(sock, layer, origin)
         _check_alpn(layer, origin, options)
     except BaseException:
@@ -183,11 +187,17 @@ async def _connect_unix(path: str, options: DialOptions) -> socket.socket:
     try:
         sock.setblocking(False)
         _set_options(sock, options)
-        await _connect_socket(sock, path)
+        while True:
+            try:
+                await _connect_socket(sock, path)
+            except BlockingIOError:
+                # The listener's backlog is full. The kernel has not begun anything that could be waited for.
+                await anyio.sleep(_BACKLOG_DELAY)
+            else:
+                return sock
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def _set_options(sock: socket.socket, options: DialOptions) -> None:
@@ -197,11 +207,20 @@ def _set_options(sock: socket.socket, options: DialOptions) -> None:
 
 async def _connect_socket(sock: socket.socket, address: object) -> None:
     code = sock.connect_ex(address)  # type: ignore[arg-type]
-    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+    # Windows says EWOULDBLOCK for it. Elsewhere that means that nothing has begun.
+    if code == errno.EINPROGRESS or (code == errno.EWOULDBLOCK and sys.platform == "win32"):
         await anyio.wait_writable(sock)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def _tls_layer(origin: Origin, options: DialOptions) -> TLSLayer:
+    name = origin.server_hostname or origin.host
+    try:
+        return TLSLayer(options.ssl_context, name)
+    except ValueError as error:
+        raise ConnectError(f"{origin}: {name!r} cannot be a server's name in TLS: {error}") from error
 
 
 async def _handshake(sock: socket.socket, layer: TLSLayer, origin: Origin) -> None:
@@ -216,8 +235,11 @@ async def _handshake(sock: socket.socket, layer: TLSLayer, origin: Origin) -> No
             if received == b"":
                 raise ConnectError(f"{origin}: the server closed the connection during the TLS handshake")
     except ssl.SSLError as error:
-        await _send_all(sock, layer.farewell())
-        raise ConnectError(f"{origin}: TLS failed: {_reason(error)}") from error
+        # The alert is a courtesy: a server that is gone already doesn't change why TLS failed.
+        with contextlib.suppress(OSError):
+            sock.send(layer.farewell())
+        hint = "; is this a port for http://?" if error.reason == "WRONG_VERSION_NUMBER" else ""
+        raise ConnectError(f"{origin}: TLS failed: {_reason(error)}{hint}") from error
     except OSError as error:
         raise ConnectError(f"{origin}: the connection failed during the TLS handshake: {_reason(error)}") from error
 

@@ -98,6 +98,11 @@ class AnyioDriver:
         self._writer.unpark()
         self._timer.unpark()
 
+    def reap(self) -> None:
+        """Driver."""
+        self._stopped = True
+        self._socket.close()
+
     def _farewell(self) -> None:
         """GOAWAY and close_notify, as far as the kernel takes them."""
         connection = self._connection
@@ -114,14 +119,14 @@ class AnyioDriver:
                 await run()
             except GeneratorExit:
                 # The loop was dropped with this task in it: there is nothing left to tell, only to close.
-                self._stopped = True
-                self._socket.close()
+                self.reap()
                 raise
             except Exception as error:  # noqa: BLE001
                 # Nobody awaits this task: its failure becomes the connection's end, and its requests' error.
                 cause = error
             except BaseException:
-                cause = RuntimeError("its event loop is shutting down")
+                if not self._stopped:
+                    self._connection.loop_ended()
                 raise
             finally:
                 # Without the three of us the connection is nothing.
@@ -136,6 +141,8 @@ class AnyioDriver:
     async def _read(self) -> None:
         sock, connection, time = self._socket, self._connection, self._loop.time
         turn, turn_began = 0, time()
+        # What came together with the end of the TLS handshake is no longer in the socket.
+        connection.bytes_came(b"")
         while not self._stopped:
             try:
                 data = sock.recv(_READ_SIZE)

@@ -60,6 +60,14 @@ class EventLoop(ABC):
         `run` must not raise: it is nobody's to catch. Raises `ConnectError` if the loop is shutting down.
         """
 
+    @abstractmethod
+    def call_from_thread(self, run: Callable[[], object]) -> None:
+        """Have the loop call `run` soon, from any thread. Raises RuntimeError if the loop is dead."""
+
+    @abstractmethod
+    def is_dead(self) -> bool:
+        """Whether it has ended for good; asked from anywhere."""
+
 
 class _AsyncioParker(Parker):
     __slots__ = ("_future", "_loop", "_permit")
@@ -106,6 +114,12 @@ class _AsyncioLoop(EventLoop):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def call_from_thread(self, run: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(run)
+
+    def is_dead(self) -> bool:
+        return self._loop.is_closed()
+
 
 class _TrioParker(Parker):
     __slots__ = ("_permit", "_task")
@@ -135,12 +149,13 @@ class _TrioParker(Parker):
 
 
 class _TrioLoop(EventLoop):
-    __slots__ = ("_lowlevel", "time")
+    __slots__ = ("_lowlevel", "_token", "time")
 
-    def __init__(self) -> None:
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         import trio
 
         self._lowlevel = trio.lowlevel
+        self._token = token
         self.time = trio.current_time
 
     def parker(self) -> Parker:
@@ -152,6 +167,17 @@ class _TrioLoop(EventLoop):
         except RuntimeError as error:
             raise ConnectError("the event loop is shutting down") from error
 
+    def call_from_thread(self, run: Callable[[], object]) -> None:
+        # RunFinishedError is a RuntimeError.
+        self._token.run_sync_soon(run)
+
+    def is_dead(self) -> bool:
+        try:
+            self._token.run_sync_soon(int)
+        except RuntimeError:
+            return True
+        return False
+
 
 def native_loop() -> object:
     """The running event loop as its backend knows it: one object a loop, to tell loops apart by."""
@@ -160,5 +186,5 @@ def native_loop() -> object:
 
 def current() -> EventLoop:
     """The running event loop's `EventLoop`: a new object each time, so keep it."""
-    native = native_loop()
-    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop()
+    native: Any = native_loop()
+    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop(native)

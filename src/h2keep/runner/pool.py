@@ -4,7 +4,7 @@ Deciding is synchronous and does no I/O: a request that finds a verified connect
 same step; others queue by origin, first come, first served, and are opened by whatever event makes room. Dials and
 hedges run as background tasks that report back here. No event looks at all requests or all connections.
 
-Not here yet, and where they belong: sending provably unprocessed requests again (`Pool.request`, around `_submit`),
+Not here yet, and where they belong: sending provably unprocessed requests again (`Pool.request`, around `open`),
 retirement by age (`_serve`, before choosing), HTTP/1.1 origins and proxies (`dial.dial`).
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from h2keep.errors import ConnectError, ConnectionLost, ConnectTimeout, H2KeepError, PoolTimeout
 from h2keep.keepalive import IntervalMemory, Keepalive
@@ -40,17 +41,30 @@ _EXPECTED_STREAMS = 100
 
 @dataclass(frozen=True, slots=True)
 class Timeout:
-    """The four timeouts of a request, in seconds; None waits for ever (K21)."""
+    """The four timeouts of a request, in seconds; None waits for ever (K21).
+
+    Raises `ValueError` if one is neither None nor a number from 0 on.
+    """
 
     connect: float | None = 5.0
     read: float | None = 5.0
     write: float | None = 5.0
     pool: float | None = 5.0
 
+    def __post_init__(self) -> None:
+        for name in ("connect", "read", "write", "pool"):
+            value = getattr(self, name)
+            if value is not None and not _is_seconds(value):
+                raise ValueError(f"timeout: {name} must be None or a number of seconds from 0 on, not {value!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections, and for how long. The names and meanings are httpx's, the default expiry is longer."""
+    """How many connections, and for how long. The names and meanings are httpx's, the default expiry is longer.
+
+    Raises `ValueError` if a number of connections is neither None nor an integer above 0 (for `max_connections`) or
+    from 0 on (for `max_keepalive_connections`), or the expiry neither None nor a number from 0 on.
+    """
 
     #: Connections at most, None for any number.
     max_connections: int | None = 100
@@ -58,6 +72,19 @@ class Limits:
     max_keepalive_connections: int | None = 20
     #: Seconds after which an unused connection is closed, None for never.
     keepalive_expiry: float | None = 300.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_connections", 1), ("max_keepalive_connections", 0)):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= least):
+                raise ValueError(f"limits: {name} must be None or an integer from {least} on, not {value!r}")
+        expiry = self.keepalive_expiry
+        if expiry is not None and not _is_seconds(expiry):
+            raise ValueError(f"limits: keepalive_expiry must be None or a number of seconds from 0 on, not {expiry!r}")
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(slots=True)
@@ -126,6 +153,8 @@ class Pool:
         self._expiry_parker = self.loop.parker()
         self._expiring = False
         self._closed = False
+        #: A connection was still open when the event loop ended.
+        self._orphaned = False
         #: One for each background task, to end it by.
         self._scopes: set[anyio.CancelScope] = set()
         self._quiet: anyio.Event | None = None
@@ -137,14 +166,14 @@ class Pool:
 
         Raises the errors of `h2keep.errors`; cancellation resets the stream, or leaves the queue.
         """
-        stream = self._submit(request)
+        stream = self.open_now(request)
         if stream is None:
-            stream = await self._queue(request)
+            stream = await self.open(request)
         await stream.response()
         return stream
 
-    def _submit(self, request: PoolRequest) -> Http2Stream | None:
-        """Open the request now, if that can be done without waiting."""
+    def open_now(self, request: PoolRequest) -> Http2Stream | None:
+        """Open the request if that can be done without waiting."""
         if self._closed:
             raise ConnectError("the client has been closed")
         state = self._origins.get(request.origin)
@@ -153,7 +182,8 @@ class Pool:
         connection = self._choose(state)
         return None if connection is None else self._open(state, connection, request)
 
-    async def _queue(self, request: PoolRequest) -> Http2Stream:
+    async def open(self, request: PoolRequest) -> Http2Stream:
+        """Open the request when its turn has come; cancellation leaves the queue."""
         state = self._state(request.origin)
         waiter = _Waiter(request, self.loop.parker())
         state.queue.append(waiter)
@@ -347,7 +377,7 @@ class Pool:
         failure: BaseException | None = None
         transport: Transport | None = None
         try:
-            with anyio.move_on_after(timeout):
+            with anyio.move_on_after(timeout) as patience:
                 transport = await dial(state.origin, self._options)
             if transport is None:
                 failure = ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
@@ -357,9 +387,10 @@ class Pool:
         finally:
             state.dials -= 1
             self._dials -= 1
+        connection: Http2Connection | None = None
         if transport is not None:
             try:
-                self._adopt(state, transport)
+                connection = self._adopt(state, transport)
             except ConnectError as error:
                 transport.socket.close()
                 failure = error
@@ -368,8 +399,26 @@ class Pool:
             self._settle_failure(state)
             self._feed_starved()
         self._tidy(state)
+        if connection is not None and timeout is not None:
+            await self._await_settings(connection, timeout, patience.deadline)
 
-    def _adopt(self, state: _OriginState, transport: Transport) -> None:
+    async def _await_settings(self, connection: Http2Connection, timeout: float, deadline: float) -> None:
+        """See to it that the server's SETTINGS come within the connect timeout; requests are sent before they do."""
+        with anyio.CancelScope(deadline=deadline):
+            await connection.wait_ready()
+        if not connection.protocol.ready:
+            # They may have come while this loop was blocked: the reader's turn, as in K7.
+            await checkpoint()
+            await checkpoint()
+        if not connection.protocol.ready:
+            connection.give_up(
+                ConnectTimeout(
+                    f"{connection.origin}: the server accepted the connection, but sent no HTTP/2 SETTINGS within "
+                    f"{timeout} s (connect timeout)"
+                )
+            )
+
+    def _adopt(self, state: _OriginState, transport: Transport) -> Http2Connection:
         if self._closed:
             raise ConnectError("the client has been closed")
         connection = Http2Connection(
@@ -386,6 +435,7 @@ class Pool:
         self._serve(state)
         self._note_idle(connection)
         self._trim()
+        return connection
 
     # Owner: what connections report
 
@@ -432,6 +482,7 @@ class Pool:
 
     def _remove(self, state: _OriginState, connection: Http2Connection) -> None:
         del self._states[connection]
+        self._orphaned = self._orphaned or connection.orphaned
         state.connections.discard(connection)
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
@@ -494,19 +545,34 @@ class Pool:
 
     async def aclose(self) -> None:
         """Close every connection in good order and wait until every task is gone. Idempotent."""
-        self._closed = True
-        for state in list(self._origins.values()):
-            self._fail_waiters(state, ConnectError("the client was closed"))
         drivers = [connection.driver for connection in self._states]
-        for connection in list(self._states):
-            connection.close()
-        for scope in self._scopes:
-            scope.cancel()
+        self.close()
         for driver in drivers:
             await driver.wait_stopped()
         if self._scopes:
             self._quiet = anyio.Event()
             await self._quiet.wait()
+
+    def close(self) -> None:
+        """What of `aclose` needs no waiting; the tasks then end by themselves."""
+        self._closed = True
+        for state in list(self._origins.values()):
+            self._fail_waiters(state, ConnectError("the client was closed"))
+        for connection in list(self._states):
+            connection.close()
+        for scope in self._scopes:
+            scope.cancel()
+
+    def reap(self, reason: str) -> None:
+        """Let go of everything without a word to anybody: the event loop is dead, or not this process's own."""
+        self._closed = True
+        for connection in self._states:
+            connection.reap(reason)
+
+    @property
+    def left_open(self) -> bool:
+        """Whether there are connections, or were when the event loop ended, that nobody has closed."""
+        return not self._closed and (bool(self._states) or self._orphaned)
 
     def _spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         scope = anyio.CancelScope()

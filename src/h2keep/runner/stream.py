@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
+    from h2keep.runner.eventloop import Parker
 
 __all__ = ["Http2Stream"]
 
@@ -49,7 +50,7 @@ class Http2Stream:
         self.data_waits = False
         self.ended = False
         self.error: H2KeepError | None = None
-        self._parker = connection.loop.parker()
+        self._parker: Parker = connection.loop.parker()
         self._released = False
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
@@ -83,8 +84,7 @@ class Http2Stream:
     async def response(self) -> None:
         """Wait for the response's head. Raises what the request failed with."""
         try:
-            while self.status is None:
-                self._raise_failure()
+            while not self.has_head():
                 await self._wait()
         except BaseException:
             self.close()
@@ -96,22 +96,43 @@ class Http2Stream:
         A failed request first hands out what came before it failed (K8). Raises `ReadError` after `close`.
         """
         try:
-            while True:
-                if self.data_waits and not self._released:
-                    self.data_waits = False
-                    data = self._connection.read(self.id)
-                    if data:
-                        return data
-                if self.ended:
-                    self.close()
-                    return b""
-                self._raise_failure()
-                if self._released:
-                    raise ReadError("the response was closed before its body was read to the end")
+            while (data := self.poll()) is None:
                 await self._wait()
         except BaseException:
             self.close()
             raise
+        return data
+
+    # The same without waiting, for whoever has another way to wait
+
+    def wake_by(self, parker: Parker) -> None:
+        """From now on unpark this parker."""
+        self._parker = parker
+
+    def has_head(self) -> bool:
+        """Whether the response's head is there. Raises what the request failed with."""
+        if self.status is None:
+            self._raise_failure()
+        return self.status is not None
+
+    def poll(self) -> bytes | None:
+        """As `receive`, but None if nothing waits."""
+        if self.data_waits and not self._released:
+            self.data_waits = False
+            data = self._connection.read(self.id)
+            if data:
+                return data
+        if self.ended:
+            self.close()
+            return b""
+        self._raise_failure()
+        if self._released:
+            raise ReadError("the response was closed before its body was read to the end")
+        return None
+
+    def await_data(self) -> None:
+        """Somebody waits for what `has_head` or `poll` has not given yet: the read clock runs (K21)."""
+        self._connection.await_data(self.id)
 
     def close(self) -> None:
         """The requesting task is done with this stream; RST_STREAM(CANCEL) goes out if it is still open. Idempotent."""
@@ -129,7 +150,7 @@ class Http2Stream:
             raise self.error
 
     async def _wait(self) -> None:
-        self._connection.await_data(self.id)
+        self.await_data()
         await self._parker.park()
 
     # Uploading
