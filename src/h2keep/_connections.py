@@ -5,6 +5,7 @@ The one way from a client or a transport to the runner.
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
 
 from h2keep.errors import UnsupportedProtocol
@@ -42,6 +43,12 @@ class Connections:
     ) -> None:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits: {limits!r} is not a Limits")
+        if uds is not None and not isinstance(uds, str):
+            raise TypeError(f"uds: {uds!r} is not a str")
+        if local_address is not None:
+            _check_address(local_address)
         if engine != "h2":
             raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
@@ -87,3 +94,11 @@ class Connections:
             self._loop = loop
             self._pool = Pool(self._options, self._keepalive, self._limits, self._hook)
         return self._pool
+
+
+def _check_address(local_address: str) -> None:
+    """A name would have to be resolved, and binding to it would block the event loop meanwhile."""
+    try:
+        ipaddress.ip_address(local_address)
+    except ValueError as error:
+        raise ValueError(f"local_address: {local_address!r} is not an IP address") from error

@@ -12,7 +12,7 @@ import json as jsonlib
 import re
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -25,6 +25,8 @@ from h2keep.runner.pool import Limits, Timeout
 from h2keep.runner.tls import create_ssl_context
 
 if TYPE_CHECKING:
+    import os
+
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.stream import Http2Stream
@@ -39,6 +41,8 @@ TimeoutTypes: TypeAlias = Timeout | float | None
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _DEFAULT_TIMEOUT = Timeout()
 _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 _USER_AGENT = (b"user-agent", b"h2keep")
 _ACCEPT = (b"accept", b"*/*")
@@ -80,6 +84,7 @@ class Response:
     def __init__(self, stream: Http2Stream) -> None:
         self._stream = stream
         self._content: bytes | None = None
+        self._iterated = False
         assert stream.status is not None
         self.status_code = stream.status
         self.headers = Headers(stream.headers)
@@ -121,6 +126,7 @@ class Response:
     async def aread(self) -> bytes:
         """Read the body to its end."""
         if self._content is None:
+            self._use_up()
             chunks = []
             while chunk := await self._stream.receive():
                 chunks.append(chunk)
@@ -132,6 +138,7 @@ class Response:
         if self._content is not None:
             yield self._content
             return
+        self._use_up()
         try:
             while chunk := await self._stream.receive():
                 yield chunk
@@ -139,17 +146,13 @@ class Response:
             self._stream.close()
 
     async def aiter_lines(self) -> AsyncIterator[str]:
-        r"""The body's lines without their ends, each as soon as it is complete; \n and \r\n end a line."""
-        decode = codecs.getincrementaldecoder(self._charset())("replace").decode
-        rest = ""
+        r"""The body's lines without their ends, each as soon as it is complete; \n, \r\n and \r end a line."""
+        splitter = LineSplitter(self._charset())
         async for chunk in self.aiter_bytes():
-            lines = (rest + decode(chunk)).split("\n")
-            rest = lines.pop()
-            for line in lines:
-                yield line.removesuffix("\r")
-        rest += decode(b"", True)
-        if rest:
-            yield rest
+            for line in splitter.feed(chunk):
+                yield line
+        for line in splitter.end():
+            yield line
 
     async def aclose(self) -> None:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
@@ -157,10 +160,58 @@ class Response:
 
     def _charset(self) -> str:
         found = _CHARSET.search(self.headers.get("content-type", ""))
-        try:
-            return codecs.lookup(found[1]).name if found else "utf-8"
-        except LookupError:
-            return "utf-8"
+        if found:
+            # Not every codec decodes bytes to text, or can replace what it can't decode.
+            with suppress(LookupError, UnicodeError):
+                b"\xff".decode(found[1], "replace")
+                return found[1]
+        return "utf-8"
+
+    def _use_up(self) -> None:
+        """A body that nobody keeps can be had but once."""
+        if self._iterated:
+            raise RuntimeError("the body has been read already, or part of it, and was not kept")
+        self._iterated = True
+
+
+class LineSplitter:
+    """Cuts text, which comes as encoded chunks, into lines."""
+
+    def __init__(self, charset: str) -> None:
+        self._decode = codecs.getincrementaldecoder(charset)("replace").decode
+        #: The pieces of a line whose end hasn't come.
+        self._rest: list[str] = []
+        self._after_return = False
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """The lines that the chunk completes."""
+        return self._split(self._decode(chunk))
+
+    def end(self) -> list[str]:
+        """What is left: a last line without an end, if any."""
+        lines = self._split(self._decode(b"", True))
+        last = "".join(self._rest)
+        return [*lines, last] if last else lines
+
+    def _split(self, text: str) -> list[str]:
+        if self._after_return and text:
+            # The line's end was \r\n, in two chunks.
+            text = text.removeprefix("\n")
+            self._after_return = False
+        if not text:
+            return []
+        if "\r" in text:
+            lines = _LINE_END.split(text)
+            self._after_return = text.endswith("\r")
+        else:
+            lines = text.split("\n")
+        last = lines.pop()
+        if lines and self._rest:
+            lines[0] = "".join([*self._rest, lines[0]])
+            self._rest = []
+        if last:
+            self._rest.append(last)
+        return lines
 
 
 class AsyncClient:
@@ -186,7 +237,7 @@ class AsyncClient:
         self,
         *,
         keepalive: Keepalive | None = None,
-        verify: ssl.SSLContext | str | bool = True,
+        verify: ssl.SSLContext | str | os.PathLike[str] | bool = True,
         cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
         trust_env: bool = True,
         engine: str = "h2",
@@ -199,7 +250,12 @@ class AsyncClient:
         headers: HeaderTypes = (),
         event_hook: EventHook | None = None,
     ) -> None:
-        context = verify if isinstance(verify, ssl.SSLContext) else create_ssl_context(verify, cert, trust_env)
+        if not isinstance(verify, ssl.SSLContext):
+            context = create_ssl_context(verify, cert, trust_env)
+        elif cert is None:
+            context = verify
+        else:
+            raise ValueError("cert: load the certificate into the ssl.SSLContext that is given as verify")
         self._timeout = _timeout(timeout)
         self._headers = _fields(headers)
         self._connections = Connections(
@@ -331,6 +387,8 @@ def _timeout(timeout: TimeoutTypes) -> Timeout:
 
 def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, bytes, bytes]:
     """The origin, the authority and the target."""
+    if not isinstance(url, str):
+        raise TypeError(f"url: {url!r} is not a str")
     origin, authority, target = _parse_url(url)
     if params:
         target += (b"&" if b"?" in target else b"?") + urlencode(params, doseq=True).encode("ascii")
@@ -340,7 +398,12 @@ def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, byte
 @functools.lru_cache(maxsize=256)
 def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
     """What isn't ASCII is encoded, what is encoded stays as it is."""
-    parts = urlsplit(url)
+    if _CONTROL.search(url):
+        raise UnsupportedProtocol(f"url: {url!r} holds control characters")
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
         raise UnsupportedProtocol(f"url: {url!r} must begin with https:// or http://")
@@ -350,6 +413,13 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
         raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
     if not host:
         raise UnsupportedProtocol(f"url: {url!r} names no host")
+    if port == 0:
+        raise UnsupportedProtocol(f"url: {url!r}: nothing can listen on port 0")
+    if "@" in parts.netloc:
+        # Without the URL: what stands before the @ is often a password.
+        raise UnsupportedProtocol(
+            f"url: there is a user name before {host!r}, which is not sent: use an Authorization header"
+        )
     try:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError as error:
@@ -367,6 +437,10 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
 def _fields(headers: HeaderTypes) -> list[tuple[bytes, bytes]]:
     """Fields as they will stand on the wire: names in lower case, text as latin-1 (RFC 9110, section 5.5)."""
     pairs = headers.items() if isinstance(headers, Mapping) else headers
+    try:
+        pairs = [(name, value) for name, value in pairs]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"headers: {headers!r} is neither a mapping nor pairs of names and values") from error
     return [(_encode(name).lower(), _encode(value)) for name, value in pairs]
 
 

@@ -18,11 +18,14 @@ __all__ = ["Cleartext", "SecurityLayer", "TLSLayer", "create_ssl_context"]
 CertTypes = str | tuple[str, str] | tuple[str, str, str]
 
 
-def create_ssl_context(verify: str | bool, cert: CertTypes | None, trust_env: bool) -> ssl.SSLContext:
+def create_ssl_context(
+    verify: str | os.PathLike[str] | bool, cert: CertTypes | None, trust_env: bool
+) -> ssl.SSLContext:
     """A context for clients: TLS 1.2 or later, and the trust that `verify` asks for.
 
     True: SSL_CERT_FILE and SSL_CERT_DIR if `trust_env` and set, else the system's trust store. A path: the
-    certificate authorities in that file or directory alone. False: no verification at all.
+    certificate authorities in that file or directory alone. False: no verification at all. Raises `OSError` for
+    files that can't be read, `ValueError` for what OpenSSL can't use, `TypeError`; each names the argument.
     """
     if verify is True:
         context = _system_context(trust_env)
@@ -30,20 +33,42 @@ def create_ssl_context(verify: str | bool, cert: CertTypes | None, trust_env: bo
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    elif isinstance(verify, (str, os.PathLike)):
+        context = _context_for("verify", os.fspath(verify))
     else:
-        context = _context_for(verify)
+        raise TypeError(f"verify: {verify!r} is neither True, False, a path nor an ssl.SSLContext")
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if isinstance(cert, str):
-        context.load_cert_chain(cert)
-    elif cert is not None:
-        context.load_cert_chain(*cert)
+    # HTTP/2 forbids it (RFC 9113, section 9.2.1).
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if cert is not None:
+        _load_certificate(context, cert)
     return context
 
 
+def _load_certificate(context: ssl.SSLContext, cert: CertTypes) -> None:
+    parts = (cert,) if isinstance(cert, str) else tuple(cert)
+    if not (1 <= len(parts) <= 3 and all(isinstance(part, str) for part in parts)):
+        raise TypeError("cert: a path, (certificate, key) or (certificate, key, password) is wanted")
+
+    def password() -> str:
+        if len(parts) == 3:
+            return parts[2]
+        # Without this OpenSSL would ask at the terminal, and wait.
+        raise ValueError(f"cert: the key in {parts[-1]!r} is encrypted: give (certificate, key, password)")
+
+    try:
+        context.load_cert_chain(parts[0], parts[1] if len(parts) > 1 else None, password)
+    except ssl.SSLError as error:
+        raise ValueError(f"cert: OpenSSL can't use {parts[:2]!r}: {error.strerror or error}") from error
+    except OSError as error:
+        raise type(error)(error.errno, f"cert: {error.strerror}: {' or '.join(map(repr, parts[:2]))}") from error
+
+
 def _system_context(trust_env: bool) -> ssl.SSLContext:
-    path = (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")) if trust_env else None
-    if path:
-        return _context_for(path)
+    if trust_env:
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+            if path := os.environ.get(name):
+                return _context_for(name, path)
     if sys.platform in ("darwin", "win32"):
         import truststore
 
@@ -51,15 +76,17 @@ def _system_context(trust_env: bool) -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _context_for(path: str) -> ssl.SSLContext:
+def _context_for(source: str, path: str) -> ssl.SSLContext:
+    """Trust in what is at `path` alone, of which `source` told us."""
     if os.path.isfile(path):
         try:
             return ssl.create_default_context(cafile=path)
         except ssl.SSLError as error:
-            raise ValueError(f"verify: {path!r} holds no certificates that OpenSSL can read: {error}") from error
+            reason = error.strerror or error
+            raise ValueError(f"{source}: {path!r} holds no certificates that OpenSSL can read: {reason}") from error
     if os.path.isdir(path):
         return ssl.create_default_context(capath=path)
-    raise FileNotFoundError(f"verify: {path!r} is neither a file nor a directory")
+    raise FileNotFoundError(f"{source}: {path!r} is neither a file nor a directory")
 
 
 class SecurityLayer(Protocol):
