@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -11,6 +10,7 @@ import h2keep
 from support.raw import RawServer
 
 if TYPE_CHECKING:
+    import contextlib
     import ssl
 
 
