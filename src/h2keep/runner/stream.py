@@ -6,18 +6,18 @@ The connection fills it; only the requesting task (and the task that pumps its b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
-from h2keep.errors import H2KeepError, LocalProtocolError, ReadError
+from h2keep.errors import H2KeepError, ReadError
+from h2keep.runner.upload import pump
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator
+    from collections.abc import AsyncIterable, Callable
 
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
-    from h2keep.runner.eventloop import Parker
 
 __all__ = ["Http2Stream"]
 
@@ -32,6 +32,7 @@ class Http2Stream:
         "_room",
         "_upload_failure",
         "_upload_scope",
+        "_wake",
         "data_waits",
         "ended",
         "error",
@@ -50,7 +51,8 @@ class Http2Stream:
         self.data_waits = False
         self.ended = False
         self.error: H2KeepError | None = None
-        self._parker: Parker = connection.loop.parker()
+        self._parker = connection.loop.parker()
+        self._wake: Callable[[], None] = self._parker.unpark
         self._released = False
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
@@ -65,14 +67,14 @@ class Http2Stream:
 
     def wake(self) -> None:
         """Something about this stream changed."""
-        self._parker.unpark()
+        self._wake()
 
     def fail(self, error: H2KeepError) -> None:
         """The request failed; the body iterator is not pulled any more (K8)."""
         self.error = error
         if self._upload_scope is not None:
             self._upload_scope.cancel()
-        self._parker.unpark()
+        self._wake()
 
     def give_room(self) -> None:
         """The body's next chunk is welcome, or nobody wants it any more."""
@@ -105,9 +107,9 @@ class Http2Stream:
 
     # The same without waiting, for whoever has another way to wait
 
-    def wake_by(self, parker: Parker) -> None:
-        """From now on unpark this parker."""
-        self._parker = parker
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Call this whenever something about the stream changed, in the place of waking a task."""
+        self._wake = wake
 
     def has_head(self) -> bool:
         """Whether the response's head is there. Raises what the request failed with."""
@@ -122,7 +124,7 @@ class Http2Stream:
             data = self._connection.read(self.id)
             if data:
                 return data
-        if self.ended:
+        if self.ended and not self.data_waits:
             self.close()
             return b""
         self._raise_failure()
@@ -156,40 +158,32 @@ class Http2Stream:
     # Uploading
 
     async def pump(self, body: AsyncIterable[bytes]) -> None:
-        """Send the body, a chunk at a time, as there is room. Never raises an Exception: the requester gets it."""
+        """Send the body as there is room. Never raises an Exception: the requester gets it."""
         with anyio.CancelScope() as self._upload_scope:
             if self._released or self.error is not None:
                 self._upload_scope.cancel()
             try:
-                await self._pump(body)
+                await pump(body, self)
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as failure:  # noqa: BLE001
                 # A KeyboardInterrupt from the user's iterator belongs to the user's task too.
                 self._upload_failure = failure
                 self._connection.release(self)
-                self._parker.unpark()
+                self._wake()
         self._upload_scope = None
 
-    async def _pump(self, body: AsyncIterable[bytes]) -> None:
-        iterator: AsyncIterator[Any] = aiter(body)
-        try:
-            async for chunk in iterator:
-                if not isinstance(chunk, bytes | bytearray | memoryview):
-                    raise LocalProtocolError(f"the body's iterator gave a {type(chunk).__name__}, not bytes")
-                if chunk:
-                    await self._send(bytes(chunk) if isinstance(chunk, bytearray) else chunk)
-                if not self._connection.wants_body(self.id):
-                    return
-            self._connection.send_data(self.id, b"", end_stream=True)
-        finally:
-            # Let a generator run its finally blocks here and now, also when the upload was cut short.
-            close = getattr(iterator, "aclose", None)
-            if close is not None:
-                await close()
-
-    async def _send(self, chunk: bytes | memoryview) -> None:
+    async def send(self, chunk: bytes | memoryview) -> None:
+        """Sink."""
         self._room = anyio.Event()
         if not self._connection.send_data(self.id, chunk, end_stream=False):
             await self._room.wait()
         self._room = None
+
+    def wanted(self) -> bool:
+        """Sink."""
+        return self._connection.wants_body(self.id)
+
+    def finish(self) -> None:
+        """Sink."""
+        self._connection.send_data(self.id, b"", end_stream=True)
