@@ -25,11 +25,12 @@ class Sink(Protocol):
         """The body is complete."""
 
 
-def checked(chunk: object) -> bytes | memoryview:
+def checked(chunk: object) -> bytes:
     """A chunk that nobody can change any more. Raises `LocalProtocolError` if it isn't bytes."""
     if not isinstance(chunk, bytes | bytearray | memoryview):
         raise LocalProtocolError(f"the body's iterator gave a {type(chunk).__name__}, not bytes")
-    return bytes(chunk) if isinstance(chunk, bytearray) else chunk
+    # A memoryview too: the iterator may fill the buffer behind it again.
+    return chunk if isinstance(chunk, bytes) else bytes(chunk)
 
 
 async def pump(body: AsyncIterable[Any], sink: Sink) -> None:
