@@ -6,7 +6,9 @@ instance of h2keep's exception and of its httpx counterpart.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -28,6 +30,10 @@ __all__ = ["AsyncTransport", "Library"]
 
 _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
+#: The phases that `trace` is told of, by httpcore's names; each begins with `.started` and ends with another word.
+_HEAD = "http2.receive_response_headers"
+_BODY = "http2.receive_response_body"
+_CLOSING = "http2.response_closed"
 Trace = Callable[[str, dict[str, Any]], Awaitable[None]]
 
 
@@ -45,14 +51,23 @@ class Library:
     def translate(self, error: errors.H2KeepError) -> errors.H2KeepError:
         """The same error as an instance of both families, with its message, attributes, cause and context."""
         kind = type(error)
-        both = self._classes.get(kind)
-        if both is None:
-            both = self._classes[kind] = type(kind.__name__, (kind, self._counterpart(kind)), {"__module__": __name__})
+        both = self._classes.get(kind) or self._join(kind)
         own = both.__new__(both)
         own.args = error.args
         own.__dict__.update(error.__dict__, _request=None)
         own.__cause__ = error.__cause__
         return own.with_traceback(error.__traceback__)
+
+    def _join(self, kind: type[errors.H2KeepError]) -> type[errors.H2KeepError]:
+        """Make the class that belongs to both families."""
+
+        def reduce(error: errors.H2KeepError) -> tuple[Any, ...]:
+            # For pickle and copy: the class itself has no name that could be imported.
+            return _restore, (self.name, kind, error.args), error.__dict__
+
+        members = {"__module__": __name__, "__reduce__": reduce}
+        both = self._classes[kind] = type(kind.__name__, (kind, self._counterpart(kind)), members)
+        return both
 
     def _counterpart(self, kind: type[errors.H2KeepError]) -> type[Exception]:
         """httpx's class of the same name; where httpx has none, that of the nearest base."""
@@ -64,9 +79,18 @@ class Library:
         transport_error: type[Exception] = self.module.TransportError
         return transport_error
 
-    def refuse(self, error: errors.H2KeepError) -> NoReturn:
+    async def refuse(self, error: errors.H2KeepError, trace: Trace | None, phase: str) -> NoReturn:
         """Raise the error's translation, with the error's own cause and nothing of the bridge in between."""
-        raise self.translate(error) from error.__cause__
+        translated = self.translate(error)
+        await _tell(trace, f"{phase}.failed", exception=translated)
+        raise translated from error.__cause__
+
+
+def _restore(library: str, kind: type[errors.H2KeepError], args: tuple[Any, ...]) -> errors.H2KeepError:
+    front_door = importlib.import_module(f"h2keep.{library}")
+    bare = kind.__new__(kind, *args)
+    translated: errors.H2KeepError = front_door.AsyncKeepaliveTransport._library.translate(bare)  # noqa: SLF001
+    return translated
 
 
 class _ResponseStream:
@@ -74,28 +98,33 @@ class _ResponseStream:
 
     library: Library
 
-    def __init__(self, stream: Http2Stream, trace: Trace | None) -> None:
+    def __init__(self, stream: Http2Stream, request: Any, trace: Trace | None) -> None:
         self._stream = stream
+        self._request = request
         self._trace = trace
+        self._started = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
+        if not self._started:
+            self._started = True
+            await _tell(self._trace, f"{_BODY}.started", request=self._request)
         try:
             chunk = await self._stream.receive()
         except errors.H2KeepError as error:
-            await _tell(self._trace, "http2.receive_response_body.failed", exception=error)
-            self.library.refuse(error)
+            await self.library.refuse(error, self._trace, _BODY)
         if not chunk:
-            await _tell(self._trace, "http2.receive_response_body.complete", return_value=None)
+            await _tell(self._trace, f"{_BODY}.complete", return_value=None)
             raise StopAsyncIteration
         return chunk
 
     async def aclose(self) -> None:
         """AsyncByteStream."""
         self._stream.close()
-        await _tell(self._trace, "http2.response_closed.complete", return_value=None)
+        await _tell(self._trace, f"{_CLOSING}.started", request=self._request)
+        await _tell(self._trace, f"{_CLOSING}.complete", return_value=None)
 
 
 class NetworkStream:
@@ -112,10 +141,13 @@ class NetworkStream:
                 return self._transport.security.ssl_object
             case "socket":
                 return sock
-            case "client_addr":
-                return sock.getsockname()
-            case "server_addr":
-                return sock.getpeername()
+        # OSError: the connection has ended since.
+        with contextlib.suppress(OSError):
+            match info:
+                case "client_addr":
+                    return sock.getsockname()
+                case "server_addr":
+                    return sock.getpeername()
         return None
 
 
@@ -176,31 +208,31 @@ class AsyncTransport:
 
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
-        extensions: Mapping[str, Any] = request.extensions
-        trace: Trace | None = extensions.get("trace")
-        url = request.url
+        trace: Trace | None = request.extensions.get("trace")
         authority, fields = _split_host(request.headers.raw)
-        origin = _origin(url.scheme, url.raw_host, url.port, extensions.get("sni_hostname"))
-        await _tell(trace, "http2.send_request_headers.started", request=request)
+        await _tell(trace, f"{_HEAD}.started", request=request)
         try:
             stream = await self._connections.send(
                 request.method.encode("ascii", "replace"),
-                origin,
-                authority or url.netloc,
-                url.raw_path,
+                _origin_of(request),
+                authority or request.url.netloc,
+                request.url.raw_path,
                 fields,
                 self._body(request.stream),
-                Timeout(**extensions["timeout"]) if "timeout" in extensions else _NO_TIMEOUT,
+                _timeout(request.extensions.get("timeout")),
             )
         except errors.H2KeepError as error:
-            await _tell(trace, "http2.receive_response_headers.failed", exception=error)
-            self._library.refuse(error)
+            await self._library.refuse(error, trace, _HEAD)
         assert stream.status is not None
-        await _tell(trace, "http2.receive_response_headers.complete", return_value=(stream.status, stream.headers))
+        try:
+            await _tell(trace, f"{_HEAD}.complete", return_value=(stream.status, stream.headers))
+        except BaseException:
+            stream.close()
+            raise
         return self._library.module.Response(
             status_code=stream.status,
             headers=stream.headers,
-            stream=self._library.response_stream(stream, trace),
+            stream=self._library.response_stream(stream, request, trace),
             extensions={
                 "http_version": b"HTTP/2",
                 "stream_id": stream.id,
@@ -248,8 +280,24 @@ def _split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[
     return host, fields
 
 
+def _timeout(given: Mapping[str, float | None] | None) -> Timeout:
+    """The `timeout` extension: what it doesn't name waits for ever, as in httpx."""
+    if given is None:
+        return _NO_TIMEOUT
+    return Timeout(given.get("connect"), given.get("read"), given.get("write"), given.get("pool"))
+
+
+def _origin_of(request: Any) -> Origin:
+    url = request.url
+    return _origin(url.scheme, url.raw_host, url.port, request.extensions.get("sni_hostname"))
+
+
 @functools.lru_cache(maxsize=256)
 def _origin(scheme: str, raw_host: bytes, port: int | None, server_hostname: str | None) -> Origin:
+    if not scheme:
+        raise errors.UnsupportedProtocol("url: it must begin with 'https://' or 'http://', and name a host")
     if scheme not in ("http", "https"):
-        raise errors.UnsupportedProtocol(f"url: {scheme!r} is not https or http")
+        raise errors.UnsupportedProtocol(f"url: the scheme {scheme!r} is not 'https' or 'http'")
+    if not raw_host:
+        raise errors.UnsupportedProtocol(f"url: there is no host after {scheme!r}")
     return Origin(scheme, raw_host.decode("ascii"), port or (443 if scheme == "https" else 80), server_hostname)

@@ -8,6 +8,7 @@ Nothing here knows about sockets, frames or httpx; third-party exceptions appear
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 __all__ = [
     "ConnectError",
@@ -41,6 +42,10 @@ class H2KeepError(Exception):
         super().__init__(message)
         self.unprocessed = unprocessed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is otherwise rebuilt by calling its class with `args`, without what the class wants by name.
+        return _rebuild, (type(self), self.args), self.__dict__
+
     def for_request(self, *, unprocessed: bool) -> H2KeepError:
         """A copy to raise in one of several requests that share this fate.
 
@@ -52,6 +57,11 @@ class H2KeepError(Exception):
         own.__traceback__ = None
         own.__cause__ = self.__cause__
         return own
+
+
+def _rebuild(kind: type[H2KeepError], args: tuple[Any, ...]) -> H2KeepError:
+    """What pickle and copy make an error from; its attributes follow."""
+    return kind.__new__(kind, *args)
 
 
 class ConnectError(H2KeepError):
