@@ -511,10 +511,12 @@ def test_unread_responses_never_stall_their_siblings() -> None:
     assert pair.client.read(other, pair.now) == b"small"
 
 
-def test_complete_responses_that_nobody_reads_take_up_room() -> None:
-    pair = Pair(OFF)
+@pytest.mark.parametrize(("peers_limit", "taken"), [(256, 4), (254, 2), (100, 0)])
+def test_complete_responses_that_nobody_reads_take_up_room_of_our_own(peers_limit: int, taken: int) -> None:
+    pair = Pair(OFF, settings={h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: peers_limit})
     pair.run(0.1)
     free = pair.client.free_slots
+    assert free == peers_limit
     streams = []
     for _ in range(4):
         stream_id = open_response(pair)
@@ -524,11 +526,11 @@ def test_complete_responses_that_nobody_reads_take_up_room() -> None:
         pair.run(0.1)
         streams.append(stream_id)
     assert pair.client.open_streams == 0
-    assert pair.client.free_slots == free - 4
+    assert pair.client.free_slots == free - taken
     pair.client.read(streams[0], pair.now)
     pair.client.release(streams[0], pair.now)
     pair.client.release(streams[1], pair.now)
-    assert pair.client.free_slots == free - 2
+    assert pair.client.free_slots == min(free, 254)
 
 
 def test_a_window_grows_where_the_bandwidth_delay_product_asks_for_it() -> None:

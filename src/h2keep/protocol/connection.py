@@ -180,11 +180,11 @@ class Connection:
     def free_slots(self) -> int:
         """How many requests can be opened now; negative after the peer lowered its limit.
 
-        Slots of streams that were reset while the connection was under suspicion stay taken (K10), and complete
-        responses that nobody reads take up room as streams do.
+        Slots of streams that were reset while the connection was under suspicion stay taken (K10). Complete responses
+        that nobody reads take up room as streams do, of the room that is ours: the peer's limit knows nothing of them.
         """
         unread = -(-self._unread // INITIAL_WINDOW)
-        return self.max_streams - self.open_streams - self._held_slots - unread
+        return min(self.max_streams - self._held_slots, MAX_STREAMS - unread) - self.open_streams
 
     def send_request(
         self,

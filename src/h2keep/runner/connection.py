@@ -180,6 +180,7 @@ class Http2Connection:
         self._streams: dict[int, Http2Stream] = {}
         self._hooked: list[ConnectionEvent] = []
         self._ready = loop.parker()
+        self._open_before = 0
 
     # For the pool
 
@@ -305,9 +306,6 @@ class Http2Connection:
         now = self.loop.time()
         self._look_for_gap(now)
         self.protocol.note_life(now)
-        if self.being_verified:
-            self.being_verified = False
-            self._owner.connection_alive(self)
         security = self.transport.security
         plaintext, closed = security.receive(data)
         if plaintext:
@@ -316,6 +314,10 @@ class Http2Connection:
             self.protocol.receive_eof(now, security.failure)
         elif security.pending():
             self.driver.wake_writer()
+        if self.being_verified:
+            # Only now, lest the queue be opened on a connection whose GOAWAY or close_notify these bytes are.
+            self.being_verified = False
+            self._owner.connection_alive(self)
         self._settle()
 
     def ended(self, cause: Exception | None = None) -> None:
@@ -361,7 +363,10 @@ class Http2Connection:
 
     def _settle(self) -> None:
         """Act on what the last call to the protocol brought about."""
-        changed = self._dispatch()
+        # A stream may end without an event: when its response came before its upload's end.
+        changed = self.protocol.open_streams < self._open_before
+        self._open_before = self.protocol.open_streams
+        changed = self._dispatch() or changed
         if changed and not self.protocol.closed and self._is_spent():
             self.protocol.close(self.loop.time())
             self._dispatch()

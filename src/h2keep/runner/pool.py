@@ -259,11 +259,13 @@ class Pool:
 
     def _open(self, state: _OriginState, connection: Http2Connection, request: PoolRequest) -> Http2Stream:
         self._idle.pop(connection, None)
-        stream = connection.open(
-            request.fields, request.content_length, request.body, request.timeout.read, request.timeout.write
-        )
-        self._classify(state, connection)
-        return stream
+        try:
+            return connection.open(
+                request.fields, request.content_length, request.body, request.timeout.read, request.timeout.write
+            )
+        finally:
+            self._classify(state, connection)
+            self._note_idle(connection)
 
     def _classify(self, state: _OriginState, connection: Http2Connection) -> None:
         """Put a connection where `_choose` will find it, or not."""
@@ -278,18 +280,20 @@ class Pool:
     def _serve(self, state: _OriginState) -> None:
         """Open as many waiting requests as there is room for, then see that there will be room for the rest."""
         while state.queue:
-            waiter = state.queue[0]
-            if not waiter.gone:
-                connection = self._choose(state)
-                if connection is None:
-                    break
-                state.waiting -= 1
-                try:
-                    waiter.stream = self._open(state, connection, waiter.request)
-                except H2KeepError as error:
-                    waiter.error = error
-                waiter.parker.unpark()
-            state.queue.popleft()
+            if state.queue[0].gone:
+                state.queue.popleft()
+                continue
+            connection = self._choose(state)
+            if connection is None:
+                break
+            # Out of the queue first: opening may report events, and these may lead here again.
+            waiter = state.queue.popleft()
+            state.waiting -= 1
+            try:
+                waiter.stream = self._open(state, connection, waiter.request)
+            except H2KeepError as error:
+                waiter.error = error
+            waiter.parker.unpark()
         if state.waiting:
             self._make_room(state)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from h2keep.errors import H2KeepError, ReadError
+from h2keep.errors import H2KeepError, ReadError, WriteError
 from h2keep.runner.upload import pump
 
 if TYPE_CHECKING:
@@ -164,14 +164,22 @@ class Http2Stream:
                 self._upload_scope.cancel()
             try:
                 await pump(body, self)
-            except anyio.get_cancelled_exc_class():
+            except anyio.get_cancelled_exc_class() as cancelled:
+                if not self._upload_scope.cancel_called:
+                    # asyncio only: what the iterator awaited was cancelled, or the loop is shutting down.
+                    failure = WriteError("the body's iterator was cancelled")
+                    failure.__cause__ = cancelled
+                    self._give_up(failure)
                 raise
             except BaseException as failure:  # noqa: BLE001
                 # A KeyboardInterrupt from the user's iterator belongs to the user's task too.
-                self._upload_failure = failure
-                self._connection.release(self)
-                self._wake()
+                self._give_up(failure)
         self._upload_scope = None
+
+    def _give_up(self, failure: BaseException) -> None:
+        self._upload_failure = failure
+        self._connection.release(self)
+        self._wake()
 
     async def send(self, chunk: bytes | memoryview) -> None:
         """Sink."""
