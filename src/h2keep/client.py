@@ -404,6 +404,11 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
         parts = urlsplit(url)
     except ValueError as error:
         raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
+    if "@" in parts.netloc:
+        # Without the URL: what stands before the @ is often a password.
+        raise UnsupportedProtocol(
+            f"url: there is a user name before {parts.hostname!r}, which is not sent: use an Authorization header"
+        )
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
         raise UnsupportedProtocol(f"url: {url!r} must begin with https:// or http://")
@@ -415,11 +420,6 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
         raise UnsupportedProtocol(f"url: {url!r} names no host")
     if port == 0:
         raise UnsupportedProtocol(f"url: {url!r}: nothing can listen on port 0")
-    if "@" in parts.netloc:
-        # Without the URL: what stands before the @ is often a password.
-        raise UnsupportedProtocol(
-            f"url: there is a user name before {host!r}, which is not sent: use an Authorization header"
-        )
     try:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError as error:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import ssl
 import sys
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["Cleartext", "SecurityLayer", "TLSLayer", "create_ssl_context"]
 
@@ -46,8 +46,8 @@ def create_ssl_context(
 
 
 def _load_certificate(context: ssl.SSLContext, cert: CertTypes) -> None:
-    parts = (cert,) if isinstance(cert, str) else tuple(cert)
-    if not (1 <= len(parts) <= 3 and all(isinstance(part, str) for part in parts)):
+    parts: Any = (cert,) if isinstance(cert, str) else cert
+    if not (isinstance(parts, tuple) and 1 <= len(parts) <= 3 and all(isinstance(part, str) for part in parts)):
         raise TypeError("cert: a path, (certificate, key) or (certificate, key, password) is wanted")
 
     def password() -> str:
@@ -73,7 +73,11 @@ def _system_context(trust_env: bool) -> ssl.SSLContext:
         import truststore
 
         return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    return ssl.create_default_context()
+    # By path: of itself OpenSSL would look at the two variables again, also where they are not to be trusted.
+    paths = ssl.get_default_verify_paths()
+    cafile = paths.openssl_cafile if os.path.isfile(paths.openssl_cafile) else None
+    capath = paths.openssl_capath if os.path.isdir(paths.openssl_capath) else None
+    return ssl.create_default_context(cafile=cafile, capath=capath)
 
 
 def _context_for(source: str, path: str) -> ssl.SSLContext:
