@@ -1,32 +1,45 @@
-"""What every front door has behind it: checked settings, and a pool for the event loop that asks.
+"""What every front door has behind it: checked settings, and connection pools where the requests come from.
 
-The one way from a client or a transport to the runner.
+The one way from a client or a transport to the runner. Each event loop gets a pool of its own, made at its first
+request; threads, and asynchronous callers that ask for it, share one on the background loop. Front doors may be used
+from several loops, from threads, and after a fork; they may be forgotten. What is left open then is closed as well as it
+can be, with one ResourceWarning.
 """
 
 from __future__ import annotations
 
-import ipaddress
-from typing import TYPE_CHECKING
+import atexit
+import contextvars
+import functools
+import os
+import sys
+import threading
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
 
 from h2keep.errors import UnsupportedProtocol
 from h2keep.keepalive import Keepalive
 from h2keep.protocol.headers import request_fields
+from h2keep.runner import background, dial
 from h2keep.runner.dial import DialOptions, Origin, SocketOption
 from h2keep.runner.eventloop import native_loop
+from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
 from h2keep.runner.pool import Limits, Pool, PoolRequest, Timeout
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterable, Iterable
 
-    from h2keep.runner.connection import EventHook
+    from h2keep.protocol.events import ConnectionEvent
+    from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["Connections"]
 
 
 class Connections:
-    """Connections made in one way, for one event loop at a time."""
+    """Connections made in one way, for any event loop and any thread."""
 
     def __init__(
         self,
@@ -40,26 +53,35 @@ class Connections:
         local_address: str | None,
         socket_options: Iterable[SocketOption] | None,
         event_hook: EventHook | None,
+        run_in_thread: bool = False,
     ) -> None:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
-        if limits is not None and not isinstance(limits, Limits):
-            raise TypeError(f"limits: {limits!r} is not a Limits")
-        if uds is not None and not isinstance(uds, str):
-            raise TypeError(f"uds: {uds!r} is not a str")
-        if local_address is not None:
-            _check_address(local_address)
+        socket_options = tuple(socket_options or ())
+        for option in socket_options:
+            if not (isinstance(option, tuple) and len(option) in (3, 4)):
+                raise TypeError(f"socket_options: {option!r} is not (level, name, value)")
         if engine != "h2":
             raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
         ssl_context.set_alpn_protocols(list(alpn))
-        self._options = DialOptions(ssl_context, alpn, uds, local_address, tuple(socket_options or ()))
-        self._keepalive = Keepalive() if keepalive is None else keepalive
-        self._limits = Limits() if limits is None else limits
         self._http1 = http1
-        self._hook = event_hook
-        self._loop: object = None
-        self._pool: Pool | None = None
+        self._run_in_thread = run_in_thread
+        # Pools outlive whoever forgets us, so nothing that makes them may refer to us.
+        self._make_pool = functools.partial(
+            Pool,
+            DialOptions(ssl_context, alpn, uds, local_address, socket_options),
+            Keepalive() if keepalive is None else keepalive,
+            Limits() if limits is None else limits,
+            None if event_hook is None else _in_context(event_hook),
+        )
+        self._lock = threading.Lock()
+        #: By the loop's own object; never by its id, which is used again.
+        self._pools: dict[object, Pool] = {}
+        self._lease: background.Lease | None = None
+        _all[id(self)] = self
+
+    # Requests
 
     async def send(
         self,
@@ -70,35 +92,185 @@ class Connections:
         fields: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes] | None,
         timeout: Timeout,
-    ) -> Http2Stream:
+    ) -> Http2Stream | AwaitableExchange:
         """Send a request and wait for the head of its response."""
+        if not self._run_in_thread:
+            request = self._request(method, origin, authority, target, fields, body, timeout)
+            return await self._running_pool().request(request)
+        whole = body if isinstance(body, bytes) else None
+        request = self._request(method, origin, authority, target, fields, whole, timeout)
+        exchange = AwaitableExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
+        await exchange.response()
+        return exchange
+
+    def send_blocking(
+        self,
+        method: bytes,
+        origin: Origin,
+        authority: bytes,
+        target: bytes,
+        fields: Iterable[tuple[bytes, bytes]],
+        body: bytes | Iterable[bytes] | None,
+        timeout: Timeout,
+    ) -> BlockingExchange:
+        """As `send`, in the calling thread, which also pulls the body's iterator."""
+        whole = body if isinstance(body, bytes) else None
+        request = self._request(method, origin, authority, target, fields, whole, timeout)
+        exchange = BlockingExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
+        exchange.response()
+        return exchange
+
+    def _request(
+        self,
+        method: bytes,
+        origin: Origin,
+        authority: bytes,
+        target: bytes,
+        fields: Iterable[tuple[bytes, bytes]],
+        body: bytes | AsyncIterable[bytes] | None,
+        timeout: Timeout,
+    ) -> PoolRequest:
         if origin.scheme == "http" and self._http1:
             raise UnsupportedProtocol(
                 f"{origin}: http:// is HTTP/1.1 here, which has no PINGs; with http1=False it is HTTP/2 with prior "
                 "knowledge"
             )
         head, content_length = request_fields(method, origin.scheme.encode("ascii"), authority, target, fields)
-        return await self._running_pool().request(PoolRequest(origin, head, content_length, body, timeout))
+        return PoolRequest(origin, head, content_length, body, timeout)
 
-    async def aclose(self) -> None:
-        """Close everything. Idempotent; a client that is used again afterwards starts anew."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            await pool.aclose()
+    # Pools
 
     def _running_pool(self) -> Pool:
+        """The running loop's pool."""
         loop = native_loop()
-        if self._pool is None or self._loop is not loop:
-            if self._pool is not None:
-                raise RuntimeError("this client's connections belong to another event loop: use one client per loop")
-            self._loop = loop
-            self._pool = Pool(self._options, self._keepalive, self._limits, self._hook)
-        return self._pool
+        pool = self._pools.get(loop)
+        if pool is None:
+            self._reap_dead_loops()
+            with self._lock:
+                pool = self._pools[loop] = self._make_pool()
+        return pool
+
+    def _running_lease(self) -> background.Lease:
+        """The share in the background loop."""
+        lease = self._lease
+        if lease is None:
+            with self._lock:
+                lease = self._lease
+                if lease is None:
+                    lease = self._lease = background.lease(self._make_pool)
+        return lease
+
+    def _reap_dead_loops(self) -> None:
+        """Let go of pools whose loops have ended: nothing else tells us, and they would keep their sockets."""
+        with self._lock:
+            dead = [loop for loop, pool in self._pools.items() if pool.loop.is_dead()]
+            for loop in dead:
+                self._pools.pop(loop).reap("its event loop has ended")
+
+    # The end
+
+    async def aclose(self) -> None:
+        """Close everything, in whatever loop it is. Idempotent; who is used again afterwards starts anew."""
+        own = self._pools.pop(native_loop(), None)
+        lease = self._begin_to_close()
+        if own is not None:
+            await own.aclose()
+        if lease is not None:
+            # It needs a few turns of the background loop, and no more.
+            lease.wait_ended()
+
+    def close(self) -> None:
+        """The same from a thread; pools of other event loops are told to close, and not waited for."""
+        lease = self._begin_to_close()
+        if lease is not None:
+            lease.wait_ended()
+
+    def _begin_to_close(self) -> background.Lease | None:
+        """Tell every pool to close, without a lock and without waiting."""
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            try:
+                pool.loop.call_from_thread(pool.close)
+            except RuntimeError:
+                pool.reap("its event loop has ended")
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.end()
+        return lease
+
+    @property
+    def left_open(self) -> bool:
+        """Whether there are connections, or were when their loop ended, that nobody has closed."""
+        lease = self._lease
+        return (lease is not None and lease.left_open) or any(pool.left_open for pool in self._pools.values())
+
+    def forget(self) -> list[Pool]:
+        """This is a child process, and what there is belongs to its parent: the pools, to be kept for ever."""
+        pools = list(self._pools.values())
+        for pool in pools:
+            pool.reap("it belongs to the process that this one was forked from")
+        self._lock = threading.Lock()
+        self._pools = {}
+        self._lease = None
+        return pools
+
+    def __del__(self, warn: Any = warnings.warn, is_finalizing: Any = sys.is_finalizing) -> None:
+        # May run in any thread, even under one of our own locks. While the interpreter goes down `_at_exit` was first.
+        if is_finalizing() or not hasattr(self, "_lease"):
+            return
+        left_open = self.left_open
+        self._begin_to_close()
+        if left_open:
+            warn(_LEFT_OPEN, ResourceWarning, source=self)
 
 
-def _check_address(local_address: str) -> None:
-    """A name would have to be resolved, and binding to it would block the event loop meanwhile."""
-    try:
-        ipaddress.ip_address(local_address)
-    except ValueError as error:
-        raise ValueError(f"local_address: {local_address!r} is not an IP address") from error
+_LEFT_OPEN = "an h2keep client or transport was never closed, and left connections open: call close() or use `with`"
+
+#: By id. A WeakSet can't be walked while other threads add to it.
+_all: weakref.WeakValueDictionary[int, Connections] = weakref.WeakValueDictionary()
+
+
+def _everybody() -> list[Connections]:
+    found = [reference() for reference in _all.valuerefs()]
+    return [connections for connections in found if connections is not None]
+
+
+def _in_context(hook: EventHook) -> EventHook:
+    """The hook in the context of whoever makes the client: connections belong to no request."""
+    context = contextvars.copy_context()
+
+    def run(stats: ConnectionStats, event: ConnectionEvent) -> None:
+        # A copy: threads may call it at once, and what it sets is its own.
+        context.copy().run(hook, stats, event)
+
+    return run
+
+
+@atexit.register
+def _at_exit() -> None:
+    left_open = any(connections.left_open for connections in _everybody())
+    background.shut_down()
+    if left_open:
+        warnings.warn(_LEFT_OPEN, ResourceWarning, stacklevel=1)
+
+
+def _after_fork_in_child() -> None:
+    """Never use, close or shut down what the parent has: descriptors are let go of, and objects kept for ever.
+
+    Finalisers of tasks and loops would reach into what both processes share, the epoll instance for one.
+    """
+    dial.close_descriptors()
+    pools = [pool for connections in _everybody() for pool in connections.forget()]
+    loop = background.after_fork_in_child()
+    if pools or loop is not None:
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((pools, loop)))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=background.before_fork,
+        after_in_parent=background.after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
