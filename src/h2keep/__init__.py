@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats
     from h2keep.runner.pool import Limits, Timeout
+    from h2keep.sync import Client, SyncResponse
 
 __all__ = [
     "AsyncClient",
+    "Client",
     "ConnectError",
     "ConnectTimeout",
     "ConnectionGoingAway",
@@ -55,6 +57,7 @@ __all__ = [
     "RemoteProtocolError",
     "Response",
     "StreamReset",
+    "SyncResponse",
     "Timeout",
     "UnsupportedProtocol",
     "WriteError",
@@ -66,6 +69,7 @@ _HOMES = {
     "h2keep.keepalive": ("Keepalive",),
     "h2keep.runner.connection": ("ConnectionStats",),
     "h2keep.runner.pool": ("Limits", "Timeout"),
+    "h2keep.sync": ("Client", "SyncResponse"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,8 +2,8 @@
 
 The one way from a client or a transport to the runner. Each event loop gets a pool of its own, made at its first
 request; threads, and asynchronous callers that ask for it, share one on the background loop. Front doors may be used
-from several loops, from threads, and after a fork; they may be forgotten. What is left open then is closed as well as it
-can be, with one ResourceWarning.
+from several loops, from threads, and after a fork; they may be forgotten. What is left open then is closed as well as
+it can be, with one ResourceWarning.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Connections:
     ) -> None:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
-        socket_options = tuple(socket_options or ())
-        for option in socket_options:
+        options: tuple[Any, ...] = tuple(socket_options or ())
+        for option in options:
             if not (isinstance(option, tuple) and len(option) in (3, 4)):
                 raise TypeError(f"socket_options: {option!r} is not (level, name, value)")
         if engine != "h2":
@@ -70,7 +70,7 @@ class Connections:
         # Pools outlive whoever forgets us, so nothing that makes them may refer to us.
         self._make_pool = functools.partial(
             Pool,
-            DialOptions(ssl_context, alpn, uds, local_address, socket_options),
+            DialOptions(ssl_context, alpn, uds, local_address, options),
             Keepalive() if keepalive is None else keepalive,
             Limits() if limits is None else limits,
             None if event_hook is None else _in_context(event_hook),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from h2keep import errors
 from h2keep._connections import Connections
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import EventHook
+    from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
     from h2keep.runner.stream import Http2Stream
 
-__all__ = ["AsyncTransport", "Library"]
+__all__ = ["AsyncTransport", "Library", "Transport"]
 
 _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
@@ -34,7 +35,9 @@ _NO_TIMEOUT = Timeout(None, None, None, None)
 _HEAD = "http2.receive_response_headers"
 _BODY = "http2.receive_response_body"
 _CLOSING = "http2.response_closed"
-Trace = Callable[[str, dict[str, Any]], Awaitable[None]]
+Trace: TypeAlias = Callable[[str, dict[str, Any]], Awaitable[None]]
+BlockingTrace: TypeAlias = Callable[[str, dict[str, Any]], None]
+AnyStream: TypeAlias = "Http2Stream | AwaitableExchange | BlockingExchange"
 
 
 class Library:
@@ -45,6 +48,9 @@ class Library:
         self.name = module.__name__
         self.response_stream: type = type(
             "ResponseStream", (_ResponseStream, module.AsyncByteStream), {"library": self}
+        )
+        self.blocking_response_stream: type = type(
+            "BlockingResponseStream", (_BlockingResponseStream, module.SyncByteStream), {"library": self}
         )
         self._classes: dict[type[errors.H2KeepError], type[errors.H2KeepError]] = {}
 
@@ -85,6 +91,13 @@ class Library:
         await _tell(trace, f"{phase}.failed", exception=translated)
         raise translated from error.__cause__
 
+    def told(self, error: errors.H2KeepError, trace: BlockingTrace | None, phase: str) -> errors.H2KeepError:
+        """The error's translation, which the trace is told of."""
+        translated = self.translate(error)
+        if trace is not None:
+            trace(f"{phase}.failed", {"exception": translated})
+        return translated
+
 
 def _restore(library: str, kind: type[errors.H2KeepError], args: tuple[Any, ...]) -> errors.H2KeepError:
     front_door = importlib.import_module(f"h2keep.{library}")
@@ -98,7 +111,7 @@ class _ResponseStream:
 
     library: Library
 
-    def __init__(self, stream: Http2Stream, request: Any, trace: Trace | None) -> None:
+    def __init__(self, stream: Http2Stream | AwaitableExchange, request: Any, trace: Trace | None) -> None:
         self._stream = stream
         self._request = request
         self._trace = trace
@@ -127,10 +140,41 @@ class _ResponseStream:
         await _tell(self._trace, f"{_CLOSING}.complete", return_value=None)
 
 
+class _BlockingResponseStream:
+    """The response's body, as httpx pulls it in a thread."""
+
+    library: Library
+
+    def __init__(self, stream: BlockingExchange, request: Any, trace: BlockingTrace | None) -> None:
+        self._stream = stream
+        self._request = request
+        self._trace = trace
+
+    def __iter__(self) -> Iterator[bytes]:
+        trace = self._trace
+        if trace is not None:
+            trace(f"{_BODY}.started", {"request": self._request})
+        try:
+            while chunk := self._stream.receive():
+                yield chunk
+        except errors.H2KeepError as error:
+            raise self.library.told(error, trace, _BODY) from error.__cause__
+        if trace is not None:
+            trace(f"{_BODY}.complete", {"return_value": None})
+
+    def close(self) -> None:
+        """SyncByteStream."""
+        if self._trace is not None:
+            self._trace(f"{_CLOSING}.started", {"request": self._request})
+        self._stream.close()
+        if self._trace is not None:
+            self._trace(f"{_CLOSING}.complete", {"return_value": None})
+
+
 class NetworkStream:
     """The `network_stream` extension: the connection's facts. Reading and writing are the connection's own affair."""
 
-    def __init__(self, stream: Http2Stream) -> None:
+    def __init__(self, stream: AnyStream) -> None:
         self._transport = stream.connection.transport
 
     def get_extra_info(self, info: str) -> Any:
@@ -151,14 +195,17 @@ class NetworkStream:
         return None
 
 
-class AsyncTransport:
-    """An `AsyncBaseTransport` whose HTTP/2 connections stay alive.
+class _Transport:
+    """A transport whose HTTP/2 connections stay alive.
 
-    Takes the arguments of `AsyncHTTPTransport`, so that replacing the class name is the whole migration, and:
+    Takes the arguments of httpx's own, so that replacing the class name is the whole migration, and:
 
     * `keepalive`: when to send PINGs, and when to give a connection up (K1).
     * `engine`: the HTTP/2 codec; "h2" is the one there is.
-    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
+    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20), in the
+      context (contextvars) in which the transport was made.
+    * `run_in_thread`, for asynchronous transports: connections live on a background thread's event loop, so that PINGs
+      go on while the application blocks its own.
 
     `limits` that are given are obeyed, httpx's keepalive_expiry of 5 s included; without any, connections are kept for
     300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
@@ -184,6 +231,7 @@ class AsyncTransport:
         keepalive: Keepalive | None = None,
         engine: str = "h2",
         event_hook: EventHook | None = None,
+        run_in_thread: bool = False,
     ) -> None:
         if not http2:
             raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
@@ -204,35 +252,28 @@ class AsyncTransport:
             local_address=local_address,
             socket_options=socket_options,
             event_hook=event_hook,
+            run_in_thread=run_in_thread,
         )
 
-    async def handle_async_request(self, request: Any) -> Any:
-        """AsyncBaseTransport."""
-        trace: Trace | None = request.extensions.get("trace")
+    def _parts(self, request: Any) -> tuple[bytes, Origin, bytes, bytes, list[tuple[bytes, bytes]], Any, Timeout]:
+        """What `Connections` wants to know of a request."""
         authority, fields = _split_host(request.headers.raw)
-        await _tell(trace, f"{_HEAD}.started", request=request)
-        try:
-            stream = await self._connections.send(
-                request.method.encode("ascii", "replace"),
-                _origin_of(request),
-                authority or request.url.netloc,
-                request.url.raw_path,
-                fields,
-                self._body(request.stream),
-                _timeout(request.extensions.get("timeout")),
-            )
-        except errors.H2KeepError as error:
-            await self._library.refuse(error, trace, _HEAD)
-        assert stream.status is not None
-        try:
-            await _tell(trace, f"{_HEAD}.complete", return_value=(stream.status, stream.headers))
-        except BaseException:
-            stream.close()
-            raise
+        body = request.stream
+        return (
+            request.method.encode("ascii", "replace"),
+            _origin_of(request),
+            authority or request.url.netloc,
+            request.url.raw_path,
+            fields,
+            b"".join(body) if isinstance(body, self._library.module.ByteStream) else body,
+            _timeout(request.extensions.get("timeout")),
+        )
+
+    def _response(self, stream: AnyStream, body: Any) -> Any:
         return self._library.module.Response(
             status_code=stream.status,
             headers=stream.headers,
-            stream=self._library.response_stream(stream, request, trace),
+            stream=body,
             extensions={
                 "http_version": b"HTTP/2",
                 "stream_id": stream.id,
@@ -240,6 +281,25 @@ class AsyncTransport:
                 "h2keep": stream.connection.stats,
             },
         )
+
+
+class AsyncTransport(_Transport):
+    """`_Transport` as an `AsyncBaseTransport`; usable from several event loops, each with connections of its own."""
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """AsyncBaseTransport."""
+        trace: Trace | None = request.extensions.get("trace")
+        await _tell(trace, f"{_HEAD}.started", request=request)
+        try:
+            stream = await self._connections.send(*self._parts(request))
+        except errors.H2KeepError as error:
+            await self._library.refuse(error, trace, _HEAD)
+        try:
+            await _tell(trace, f"{_HEAD}.complete", return_value=(stream.status, stream.headers))
+        except BaseException:
+            stream.close()
+            raise
+        return self._response(stream, self._library.response_stream(stream, request, trace))
 
     async def aclose(self) -> None:
         """AsyncBaseTransport. Idempotent."""
@@ -256,10 +316,41 @@ class AsyncTransport:
     ) -> None:
         await self.aclose()
 
-    def _body(self, stream: Any) -> Any:
-        if isinstance(stream, self._library.module.ByteStream):
-            return b"".join(stream)
-        return stream
+
+class Transport(_Transport):
+    """`_Transport` as a `BaseTransport`, for any number of threads; the connections live on a background thread."""
+
+    def handle_request(self, request: Any) -> Any:
+        """BaseTransport."""
+        trace: BlockingTrace | None = request.extensions.get("trace")
+        if trace is not None:
+            trace(f"{_HEAD}.started", {"request": request})
+        try:
+            stream = self._connections.send_blocking(*self._parts(request))
+        except errors.H2KeepError as error:
+            raise self._library.told(error, trace, _HEAD) from error.__cause__
+        if trace is not None:
+            try:
+                trace(f"{_HEAD}.complete", {"return_value": (stream.status, stream.headers)})
+            except BaseException:
+                stream.close()
+                raise
+        return self._response(stream, self._library.blocking_response_stream(stream, request, trace))
+
+    def close(self) -> None:
+        """BaseTransport. Idempotent."""
+        self._connections.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self.close()
 
 
 async def _tell(trace: Trace | None, event: str, **info: Any) -> None:

@@ -6,122 +6,29 @@ redirects and authentication are not here; who wants them uses the httpx2 adapte
 
 from __future__ import annotations
 
-import codecs
-import functools
-import json as jsonlib
-import re
-import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from types import EllipsisType, TracebackType
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
-from urllib.parse import quote, urlencode, urlsplit
 
-from h2keep._connections import Connections
-from h2keep.errors import UnsupportedProtocol
-from h2keep.runner.dial import Origin, SocketOption
-from h2keep.runner.pool import Limits, Timeout
-from h2keep.runner.tls import create_ssl_context
+from h2keep._messages import BaseClient, BaseResponse, Headers, HeaderTypes, LineSplitter, TimeoutTypes
 
 if TYPE_CHECKING:
-    import os
+    from types import EllipsisType, TracebackType
 
-    from h2keep.keepalive import Keepalive
-    from h2keep.runner.connection import ConnectionStats, EventHook
+    from h2keep.runner.exchange import AwaitableExchange
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["AsyncClient", "Headers", "Response"]
 
-HeaderValue: TypeAlias = str | bytes
-HeaderTypes: TypeAlias = Mapping[str, HeaderValue] | Iterable[tuple[str | bytes, HeaderValue]]
 Content: TypeAlias = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
-TimeoutTypes: TypeAlias = Timeout | float | None
-
-_DEFAULT_PORTS = {"https": 443, "http": 80}
-_DEFAULT_TIMEOUT = Timeout()
-_URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
-_LINE_END = re.compile(r"\r\n|\n|\r")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
-_USER_AGENT = (b"user-agent", b"h2keep")
-_ACCEPT = (b"accept", b"*/*")
 
 
-class Headers(Mapping[str, str]):
-    """Response fields: names in any case; repeated fields joined by ", " as RFC 9110 has it, each in `raw`."""
-
-    def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
-        #: The fields as they came, in order.
-        self.raw = raw
-
-    def __getitem__(self, name: str) -> str:
-        values = self.get_list(name)
-        if not values:
-            raise KeyError(name)
-        return ", ".join(values)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name.decode("latin-1") for name, _ in self.raw))
-
-    def __len__(self) -> int:
-        return len({name for name, _ in self.raw})
-
-    def __repr__(self) -> str:
-        return f"Headers({[(name.decode('latin-1'), value.decode('latin-1')) for name, value in self.raw]!r})"
-
-    def get_list(self, name: str) -> list[str]:
-        """Every value of a field, in order."""
-        wanted = name.lower().encode("latin-1")
-        return [value.decode("latin-1") for found, value in self.raw if found == wanted]
-
-
-class Response:
+class Response(BaseResponse):
     """A response whose body comes as it is read. Always used up: read to its end, or closed."""
 
-    http_version = "HTTP/2"
-
-    def __init__(self, stream: Http2Stream) -> None:
+    def __init__(self, stream: Http2Stream | AwaitableExchange) -> None:
+        super().__init__(stream)
         self._stream = stream
-        self._content: bytes | None = None
-        self._iterated = False
-        assert stream.status is not None
-        self.status_code = stream.status
-        self.headers = Headers(stream.headers)
-
-    def __repr__(self) -> str:
-        return f"<Response [{self.status_code}]>"
-
-    @property
-    def stream_id(self) -> int:
-        """The HTTP/2 stream that carried it."""
-        return self._stream.id
-
-    @property
-    def connection(self) -> ConnectionStats:
-        """The figures of the connection that carried it (K20)."""
-        return self._stream.connection.stats
-
-    @property
-    def trailers(self) -> Headers:
-        """Trailer fields, known once the body has been read; empty if there were none."""
-        return Headers(self._stream.trailers)
-
-    @property
-    def content(self) -> bytes:
-        """The whole body. Raises RuntimeError before `aread`."""
-        if self._content is None:
-            raise RuntimeError("the body has not been read: call aread(), or iterate over it")
-        return self._content
-
-    @property
-    def text(self) -> str:
-        """The body as text, by the charset of Content-Type, else UTF-8; what can't be decoded is replaced."""
-        return self.content.decode(self._charset(), "replace")
-
-    def json(self) -> Any:
-        """The body as JSON."""
-        return jsonlib.loads(self.content)
 
     async def aread(self) -> bytes:
         """Read the body to its end."""
@@ -158,63 +65,8 @@ class Response:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
         self._stream.close()
 
-    def _charset(self) -> str:
-        found = _CHARSET.search(self.headers.get("content-type", ""))
-        if found:
-            # Not every codec decodes bytes to text, or can replace what it can't decode.
-            with suppress(LookupError, UnicodeError):
-                b"\xff".decode(found[1], "replace")
-                return found[1]
-        return "utf-8"
 
-    def _use_up(self) -> None:
-        """A body that nobody keeps can be had but once."""
-        if self._iterated:
-            raise RuntimeError("the body has been read already, or part of it, and was not kept")
-        self._iterated = True
-
-
-class LineSplitter:
-    """Cuts text, which comes as encoded chunks, into lines."""
-
-    def __init__(self, charset: str) -> None:
-        self._decode = codecs.getincrementaldecoder(charset)("replace").decode
-        #: The pieces of a line whose end hasn't come.
-        self._rest: list[str] = []
-        self._after_return = False
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """The lines that the chunk completes."""
-        return self._split(self._decode(chunk))
-
-    def end(self) -> list[str]:
-        """What is left: a last line without an end, if any."""
-        lines = self._split(self._decode(b"", True))
-        last = "".join(self._rest)
-        return [*lines, last] if last else lines
-
-    def _split(self, text: str) -> list[str]:
-        if self._after_return and text:
-            # The line's end was \r\n, in two chunks.
-            text = text.removeprefix("\n")
-            self._after_return = False
-        if not text:
-            return []
-        if "\r" in text:
-            lines = _LINE_END.split(text)
-            self._after_return = text.endswith("\r")
-        else:
-            lines = text.split("\n")
-        last = lines.pop()
-        if lines and self._rest:
-            lines[0] = "".join([*self._rest, lines[0]])
-            self._rest = []
-        if last:
-            self._rest.append(last)
-        return lines
-
-
-class AsyncClient:
+class AsyncClient(BaseClient):
     """HTTP/2 with PING keepalive, on asyncio and trio.
 
     Usable with and without `async with`; one client is for many requests, and shares connections between them.
@@ -229,46 +81,13 @@ class AsyncClient:
     * `uds`: the path of a unix socket to connect to in the place of TCP. `local_address`, `socket_options`: for TCP.
     * `headers`: sent with every request, unless the request has its own.
     * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
+    * `run_in_thread`: connections live on a background thread's event loop, so that PINGs go on while the application
+      blocks its own.
 
-    Raises ValueError, TypeError or `OSError` for arguments that can't be used.
+
+    The hook runs in the context (contextvars) in which the client was made. One client can be used from several event
+    loops: each has connections of its own. Raises ValueError, TypeError or `OSError` for arguments that can't be used.
     """
-
-    def __init__(
-        self,
-        *,
-        keepalive: Keepalive | None = None,
-        verify: ssl.SSLContext | str | os.PathLike[str] | bool = True,
-        cert: str | tuple[str, str] | tuple[str, str, str] | None = None,
-        trust_env: bool = True,
-        engine: str = "h2",
-        limits: Limits | None = None,
-        timeout: TimeoutTypes = _DEFAULT_TIMEOUT,
-        http1: bool = True,
-        uds: str | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[SocketOption] | None = None,
-        headers: HeaderTypes = (),
-        event_hook: EventHook | None = None,
-    ) -> None:
-        if not isinstance(verify, ssl.SSLContext):
-            context = create_ssl_context(verify, cert, trust_env)
-        elif cert is None:
-            context = verify
-        else:
-            raise ValueError("cert: load the certificate into the ssl.SSLContext that is given as verify")
-        self._timeout = _timeout(timeout)
-        self._headers = _fields(headers)
-        self._connections = Connections(
-            context,
-            keepalive=keepalive,
-            engine=engine,
-            limits=limits,
-            http1=http1,
-            uds=uds,
-            local_address=local_address,
-            socket_options=socket_options,
-            event_hook=event_hook,
-        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -300,7 +119,16 @@ class AsyncClient:
         anything `json.dumps` takes. A `Host` header becomes `:authority`, while TCP and TLS go to the URL's host;
         the extension `sni_hostname` overrides the name for TLS. Raises the errors of `h2keep.errors`.
         """
-        response = await self._send(method, url, content, json, params, headers, timeout, extensions)
+        response = await self._send(
+            method,
+            url,
+            content=content,
+            json=json,
+            params=params,
+            headers=headers,
+            timeout=timeout,
+            extensions=extensions,
+        )
         await response.aread()
         return response
 
@@ -318,7 +146,16 @@ class AsyncClient:
         extensions: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Response]:
         """Send a request; its body is read inside the context, and given up where the context ends."""
-        response = await self._send(method, url, content, json, params, headers, timeout, extensions)
+        response = await self._send(
+            method,
+            url,
+            content=content,
+            json=json,
+            params=params,
+            headers=headers,
+            timeout=timeout,
+            extensions=extensions,
+        )
         try:
             yield response
         finally:
@@ -352,152 +189,11 @@ class AsyncClient:
         """DELETE; options as for `request`."""
         return await self.request("DELETE", url, **options)
 
-    async def _send(
-        self,
-        method: str,
-        url: str,
-        content: Content | None,
-        json: Any,
-        params: Mapping[str, Any] | None,
-        headers: HeaderTypes,
-        timeout: TimeoutTypes | EllipsisType,
-        extensions: Mapping[str, Any] | None,
-    ) -> Response:
-        origin, authority, target = _split_url(url, params)
-        fields = _merge(self._headers, _fields(headers))
-        body = _body(content, json, fields)
-        server_hostname = (extensions or {}).get("sni_hostname")
-        stream = await self._connections.send(
-            method.encode("ascii", "replace"),
-            replace(origin, server_hostname=server_hostname) if server_hostname else origin,
-            _take_host(fields) or authority,
-            target,
-            fields,
-            body,
-            self._timeout if isinstance(timeout, EllipsisType) else _timeout(timeout),
-        )
-        return Response(stream)
-
-
-def _timeout(timeout: TimeoutTypes) -> Timeout:
-    if isinstance(timeout, Timeout):
-        return timeout
-    return Timeout(timeout, timeout, timeout, timeout)
-
-
-def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, bytes, bytes]:
-    """The origin, the authority and the target."""
-    if not isinstance(url, str):
-        raise TypeError(f"url: {url!r} is not a str")
-    origin, authority, target = _parse_url(url)
-    if params:
-        target += (b"&" if b"?" in target else b"?") + urlencode(params, doseq=True).encode("ascii")
-    return origin, authority, target
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
-    """What isn't ASCII is encoded, what is encoded stays as it is."""
-    if _CONTROL.search(url):
-        raise UnsupportedProtocol(f"url: {url!r} holds control characters")
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
-    if "@" in parts.netloc:
-        # Without the URL: what stands before the @ is often a password.
-        raise UnsupportedProtocol(
-            f"url: there is a user name before {parts.hostname!r}, which is not sent: use an Authorization header"
-        )
-    scheme = parts.scheme.lower()
-    if scheme not in _DEFAULT_PORTS:
-        raise UnsupportedProtocol(f"url: {url!r} must begin with https:// or http://")
-    try:
-        port, host = parts.port, parts.hostname
-    except ValueError as error:
-        raise UnsupportedProtocol(f"url: {url!r}: {error}") from error
-    if not host:
-        raise UnsupportedProtocol(f"url: {url!r} names no host")
-    if port == 0:
-        raise UnsupportedProtocol(f"url: {url!r}: nothing can listen on port 0")
-    try:
-        host = host if host.isascii() else host.encode("idna").decode("ascii")
-    except UnicodeError as error:
-        raise UnsupportedProtocol(f"url: {url!r}: {host!r} is not a valid host name: {error}") from error
-    origin = Origin(scheme, host, port if port is not None else _DEFAULT_PORTS[scheme])
-    authority = f"[{host}]" if ":" in host else host
-    if origin.port != _DEFAULT_PORTS[scheme]:
-        authority += f":{origin.port}"
-    target = quote(parts.path or "/", safe=_URL_SAFE)
-    if parts.query:
-        target += f"?{quote(parts.query, safe=_URL_SAFE)}"
-    return origin, authority.encode("ascii"), target.encode("ascii")
-
-
-def _fields(headers: HeaderTypes) -> list[tuple[bytes, bytes]]:
-    """Fields as they will stand on the wire: names in lower case, text as latin-1 (RFC 9110, section 5.5)."""
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
-    try:
-        pairs = [(name, value) for name, value in pairs]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"headers: {headers!r} is neither a mapping nor pairs of names and values") from error
-    return [(_encode(name).lower(), _encode(value)) for name, value in pairs]
-
-
-def _encode(text: str | bytes) -> bytes:
-    if isinstance(text, bytes):
-        return text
-    if not isinstance(text, str):
-        raise TypeError(f"headers: {text!r} is neither str nor bytes")
-    try:
-        return text.encode("latin-1")
-    except UnicodeEncodeError:
-        return text.encode("utf-8")
-
-
-def _merge(defaults: list[tuple[bytes, bytes]], own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The request's own fields before the client's, and these before ours."""
-    fields = list(own)
-    for layer in (defaults, (_USER_AGENT, _ACCEPT)):
-        given = {name for name, _ in fields}
-        fields += [(name, value) for name, value in layer if name not in given]
-    return fields
-
-
-def _take_host(fields: list[tuple[bytes, bytes]]) -> bytes | None:
-    """Remove `host` from the fields, where HTTP/2 has no place for it; its value."""
-    for index, (name, value) in enumerate(fields):
-        if name == b"host":
-            del fields[index]
-            return value
-    return None
-
-
-def _body(content: Content | None, json: Any, fields: list[tuple[bytes, bytes]]) -> bytes | AsyncIterable[bytes] | None:
-    """The body, and the fields that tell of it unless the caller has set them."""
-    given = {name for name, _ in fields}
-    if json is not None:
-        if content is not None:
-            raise ValueError("content and json exclude each other")
-        content = jsonlib.dumps(json, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
-        if b"content-type" not in given:
-            fields.append((b"content-type", b"application/json"))
-    if content is None:
-        return None
-    if isinstance(content, str):
-        content = content.encode("utf-8")
-        if b"content-type" not in given:
-            fields.append((b"content-type", b"text/plain; charset=utf-8"))
-    if isinstance(content, bytes | bytearray | memoryview):
-        content = bytes(content)
-        if b"content-length" not in given:
-            fields.append((b"content-length", b"%d" % len(content)))
-        return content
-    if isinstance(content, AsyncIterable):
-        return content
-    if hasattr(content, "__iter__") and not isinstance(content, Mapping):
-        return _as_async(content)
-    raise TypeError(f"content: {type(content).__name__} is not bytes, str or an (async) iterable of bytes")
+    async def _send(self, method: str, url: str, **options: Any) -> Response:
+        parts, body, timeout = self._prepare(method, url, **options)
+        if body is not None and not isinstance(body, bytes | AsyncIterable):
+            body = _as_async(body)
+        return Response(await self._connections.send(*parts, body, timeout))
 
 
 async def _as_async(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:

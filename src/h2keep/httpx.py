@@ -1,15 +1,26 @@
-"""h2keep for httpx: replace `AsyncHTTPTransport` by `AsyncKeepaliveTransport`, and HTTP/2 connections stay alive."""
+"""h2keep for httpx: replace its transports by these, and HTTP/2 connections stay alive.
+
+`AsyncKeepaliveTransport` stands for `AsyncHTTPTransport`, `KeepaliveTransport` for `HTTPTransport`.
+"""
 
 from __future__ import annotations
 
 import httpx
 
-from h2keep._transport import AsyncTransport, Library
+from h2keep._transport import AsyncTransport, Library, Transport
 
-__all__ = ["AsyncKeepaliveTransport"]
+__all__ = ["AsyncKeepaliveTransport", "KeepaliveTransport"]
+
+_library = Library(httpx)
 
 
 class AsyncKeepaliveTransport(AsyncTransport, httpx.AsyncBaseTransport):
-    """AsyncHTTPTransport with HTTP/2 connections that stay alive; arguments as in `AsyncTransport`."""
+    """AsyncHTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
 
-    _library = Library(httpx)
+    _library = _library
+
+
+class KeepaliveTransport(Transport, httpx.BaseTransport):
+    """HTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
+
+    _library = _library

@@ -1,15 +1,26 @@
-"""h2keep for httpx2: replace `AsyncHTTPTransport` by `AsyncKeepaliveTransport`, and HTTP/2 connections stay alive."""
+"""h2keep for httpx2: replace its transports by these, and HTTP/2 connections stay alive.
+
+`AsyncKeepaliveTransport` stands for `AsyncHTTPTransport`, `KeepaliveTransport` for `HTTPTransport`.
+"""
 
 from __future__ import annotations
 
 import httpx2
 
-from h2keep._transport import AsyncTransport, Library
+from h2keep._transport import AsyncTransport, Library, Transport
 
-__all__ = ["AsyncKeepaliveTransport"]
+__all__ = ["AsyncKeepaliveTransport", "KeepaliveTransport"]
+
+_library = Library(httpx2)
 
 
 class AsyncKeepaliveTransport(AsyncTransport, httpx2.AsyncBaseTransport):
-    """AsyncHTTPTransport with HTTP/2 connections that stay alive; arguments as in `AsyncTransport`."""
+    """AsyncHTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
 
-    _library = Library(httpx2)
+    _library = _library
+
+
+class KeepaliveTransport(Transport, httpx2.BaseTransport):
+    """HTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
+
+    _library = _library

@@ -188,7 +188,7 @@ class Http2Connection:
         self,
         fields: Headers,
         content_length: int | None,
-        body: bytes | AsyncIterable[bytes] | None,
+        body: bytes | AsyncIterable[bytes | memoryview] | None,
         read_timeout: float | None,
         write_timeout: float | None,
     ) -> Http2Stream:
@@ -400,7 +400,7 @@ class Http2Connection:
                     _deliver(event, stream)
                 changed = changed or isinstance(event, events.StreamEnded | events.StreamFailed)
             else:
-                changed = True
+                changed = changed or not isinstance(event, events.PingSent | events.PingAcknowledged)
                 if isinstance(event, events.ConnectionReady | events.ConnectionClosed):
                     self._ready.unpark()
                 if not isinstance(event, events.SettingsChanged):

@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -23,7 +24,7 @@ from h2keep.runner.tls import Cleartext, SecurityLayer, TLSLayer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-__all__ = ["DialOptions", "Origin", "SocketOption", "Transport", "dial"]
+__all__ = ["DialOptions", "Origin", "SocketOption", "Transport", "close_descriptors", "dial"]
 
 SocketOption: TypeAlias = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 
@@ -167,8 +168,26 @@ async def _race(attempts: list[Callable[[], Awaitable[socket.socket]]]) -> socke
     return winner
 
 
-async def _attempt(family: socket.AddressFamily, address: tuple[object, ...], options: DialOptions) -> socket.socket:
+#: Every socket that was made here and still exists, for a child process to let go of; by id.
+_sockets: weakref.WeakValueDictionary[int, socket.socket] = weakref.WeakValueDictionary()
+
+
+def _new_socket(family: socket.AddressFamily) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
+    _sockets[id(sock)] = sock
+    return sock
+
+
+def close_descriptors() -> None:
+    """In a child process: close this process's copies of all descriptors, which leaves the connections alone."""
+    for reference in _sockets.valuerefs():
+        sock = reference()
+        if sock is not None and sock.fileno() != -1:
+            os.close(sock.detach())
+
+
+async def _attempt(family: socket.AddressFamily, address: tuple[object, ...], options: DialOptions) -> socket.socket:
+    sock = _new_socket(family)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -183,7 +202,7 @@ async def _attempt(family: socket.AddressFamily, address: tuple[object, ...], op
 
 
 async def _connect_unix(path: str, options: DialOptions) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = _new_socket(socket.AF_UNIX)
     try:
         sock.setblocking(False)
         _set_options(sock, options)
@@ -202,7 +221,10 @@ async def _connect_unix(path: str, options: DialOptions) -> socket.socket:
 
 def _set_options(sock: socket.socket, options: DialOptions) -> None:
     for option in options.socket_options:
-        sock.setsockopt(*option)
+        try:
+            sock.setsockopt(*option)
+        except OSError as error:
+            raise OSError(error.errno, f"socket option {option!r}: {_reason(error)}") from error
 
 
 async def _connect_socket(sock: socket.socket, address: object) -> None:

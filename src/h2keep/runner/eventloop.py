@@ -184,7 +184,11 @@ def native_loop() -> object:
     return current_token().native_token
 
 
+def wrap(native: Any) -> EventLoop:
+    """The `EventLoop` of an event loop as its backend knows it."""
+    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop(native)
+
+
 def current() -> EventLoop:
     """The running event loop's `EventLoop`: a new object each time, so keep it."""
-    native: Any = native_loop()
-    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop(native)
+    return wrap(native_loop())

@@ -94,7 +94,7 @@ class PoolRequest:
     origin: Origin
     fields: Headers
     content_length: int | None
-    body: bytes | AsyncIterable[bytes] | None
+    body: bytes | AsyncIterable[bytes | memoryview] | None
     timeout: Timeout
 
 

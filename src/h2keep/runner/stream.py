@@ -157,7 +157,7 @@ class Http2Stream:
 
     # Uploading
 
-    async def pump(self, body: AsyncIterable[bytes]) -> None:
+    async def pump(self, body: AsyncIterable[bytes | memoryview]) -> None:
         """Send the body as there is room. Never raises an Exception: the requester gets it."""
         with anyio.CancelScope() as self._upload_scope:
             if self._released or self.error is not None:

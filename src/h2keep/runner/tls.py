@@ -52,7 +52,8 @@ def _load_certificate(context: ssl.SSLContext, cert: CertTypes) -> None:
 
     def password() -> str:
         if len(parts) == 3:
-            return parts[2]
+            given: str = parts[2]
+            return given
         # Without this OpenSSL would ask at the terminal, and wait.
         raise ValueError(f"cert: the key in {parts[-1]!r} is encrypted: give (certificate, key, password)")
 

@@ -1,0 +1,284 @@
+"""One event loop in one daemon thread, for callers that have no event loop, or block their own.
+
+A `Lease` is one client's share in it: its connection pool lives there, and PINGs go on whatever the client's own
+threads do. The first lease in a process starts the thread, and the end of the last one ends it. How a caller on
+another thread makes a request here is `exchange.py`'s affair; this module moves jobs, and sees the loop through its
+life: start, fork, interpreter exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import selectors
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from h2keep.errors import ConnectError
+from h2keep.runner import eventloop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
+    from h2keep.runner.pool import Pool
+
+__all__ = ["BackgroundLoop", "Lease", "lease"]
+
+#: How long the thread's end is waited for, in seconds: at exit, a fork, and the last client's close.
+_PATIENCE = 1.0
+
+_lock = threading.Lock()
+_current: BackgroundLoop | None = None
+
+
+def lease(make_pool: Callable[[], Pool]) -> Lease:
+    """A share in the process's background loop, which is started if it isn't running. `make_pool` is called in it.
+
+    Raises `ConnectError` if no thread can be started any more, as the interpreter is shutting down.
+    """
+    global _current
+    with _lock:
+        if _current is None:
+            _current = BackgroundLoop()
+        share = Lease(_current, make_pool)
+        _current.leases.add(share)
+    return share
+
+
+class Lease:
+    """One client's share in the background loop, and its pool there. Refers to nothing of the client itself."""
+
+    def __init__(self, loop: BackgroundLoop, make_pool: Callable[[], Pool]) -> None:
+        self.loop = loop
+        self._make_pool = make_pool
+        self._pool: Pool | None = None
+        self._ended = threading.Event()
+        self._ending = False
+
+    @property
+    def left_open(self) -> bool:
+        """Whether there are connections that nobody has closed."""
+        return self._pool is not None and self._pool.left_open
+
+    def pool(self) -> Pool:
+        """The pool; in the loop's thread only. Raises `ConnectError` after `end`."""
+        if self._ending:
+            raise ConnectError("the client has been closed")
+        if self._pool is None:
+            self._pool = self._make_pool()
+        return self._pool
+
+    def end(self) -> None:
+        """Close the pool and give the share back. Takes no lock and doesn't wait, as `__del__` must not."""
+        self.loop.post(self._end)
+
+    def wait_ended(self) -> None:
+        """Wait until that is done and, if this was the last lease, the thread is gone; a no-op in the loop itself."""
+        if not self.loop.is_current():
+            self._ended.wait(_PATIENCE)
+            if self.loop.ending:
+                self.loop.join()
+
+    def forget(self) -> None:
+        """Another process's loop: nothing of it must be touched."""
+        self._ending = True
+        if self._pool is not None:
+            self._pool.reap("it belongs to the process that this one was forked from")
+
+    def _end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        if self._pool is None or self.loop.dead:
+            self._give_back()
+        else:
+            self.loop.spawn(self._close_pool)
+
+    async def _close_pool(self) -> None:
+        assert self._pool is not None
+        try:
+            await self._pool.aclose()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.loop.leases.discard(self)
+        self._ended.set()
+        self.loop.end_if_unused()
+
+
+class BackgroundLoop:
+    """The loop and its thread. Only `post`, `is_current`, `join`, and the life cycle may be called from elsewhere."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._asyncio = asyncio.SelectorEventLoop(self._selector)
+        self._loop = eventloop.wrap(self._asyncio)
+        self._context = _empty_context()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._scheduled = False
+        self._rung: deque[Callable[[], object]] = deque()
+        self.leases: set[Lease] = set()
+        #: The last lease was given back.
+        self.ending = False
+        #: Nothing runs here any more, or never did in this process.
+        self.dead = False
+        self._start_thread()
+
+    # From any thread
+
+    def post(self, job: Callable[[], object]) -> None:
+        """Have the loop call `job` soon. It is called in any case: if the loop is dead, here and now."""
+        self._jobs.append(job)
+        if self.dead:
+            self._run_jobs()
+        elif not self._scheduled:
+            self._scheduled = True
+            try:
+                self._asyncio.call_soon_threadsafe(self._run_jobs, context=self._context)
+            except RuntimeError:
+                # It was closed just now.
+                self._run_jobs()
+
+    def is_current(self) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.current_thread() is self._thread
+
+    def join(self) -> None:
+        """Wait for the thread's end, but not for ever: it may be held up by a hook of the user's."""
+        self._thread.join(_PATIENCE)
+
+    # In the loop's thread
+
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """See `EventLoop.spawn`."""
+        self._loop.spawn(run)
+
+    def ring(self, answer: Callable[[], object]) -> None:
+        """Call `answer` when what happens now is over: many events in one turn make one answer."""
+        if not self._rung:
+            self._asyncio.call_soon(self._answer, context=self._context)
+        self._rung.append(answer)
+
+    def end_if_unused(self) -> None:
+        """End the thread if there is no lease any more."""
+        global _current
+        with _lock:
+            if self.leases or self.ending:
+                return
+            self.ending = True
+            if _current is self:
+                _current = None
+        if not self.dead:
+            # In the turn after next, so that those who still wait for an answer get it.
+            self._asyncio.call_soon(self._asyncio.call_soon, self._asyncio.stop)
+
+    def _run_jobs(self) -> None:
+        # First: whoever posts from now on schedules anew.
+        self._scheduled = False
+        while self._jobs:
+            with contextlib.suppress(IndexError):
+                self._jobs.popleft()()
+
+    def _answer(self) -> None:
+        for _ in range(len(self._rung)):
+            self._rung.popleft()()
+
+    # The thread
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="h2keep", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise ConnectError(f"h2keep's background thread can't be started: {error}") from error
+
+    def _run(self) -> None:
+        self._asyncio.run_forever()
+        if self.ending:
+            self._cancel_tasks()
+            self.dead = True
+            self._run_jobs()
+            self._asyncio.close()
+
+    def _cancel_tasks(self) -> None:
+        """Pools end their own tasks; what may be left is a name resolution, for whose thread nobody waits."""
+        tasks = asyncio.all_tasks(self._asyncio)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._asyncio.run_until_complete(asyncio.wait(tasks))
+
+    # Interpreter exit and fork
+
+    def shut_down(self) -> None:
+        """End all leases and the thread: the interpreter is about to exit."""
+        for share in list(self.leases):
+            share.end()
+        self.post(self.end_if_unused)
+        self.join()
+
+    def pause(self) -> None:
+        """Stop the loop between two callbacks: no lock or TLS record is caught in mid-air by a fork."""
+        if not self.is_current():
+            self._asyncio.call_soon_threadsafe(self._asyncio.stop)
+            self.join()
+
+    def resume(self) -> None:
+        """Go on in a new thread."""
+        if not self.is_current() and not self._thread.is_alive() and not self.ending:
+            self._start_thread()
+
+    def forget(self) -> None:
+        """This is a child process, and the loop is its parent's: let go of its descriptors, and touch nothing else.
+
+        Even the selector's own methods, or the loop's, would change what the two processes share.
+        """
+        self.dead = True
+        for share in list(self.leases):
+            share.forget()
+        self._selector.close()
+        for end in (self._asyncio._ssock, self._asyncio._csock):  # type: ignore[attr-defined]  # noqa: SLF001
+            end.close()
+
+
+def _empty_context() -> contextvars.Context:
+    """A context for callbacks, in which anyio knows that this is asyncio (within tasks it finds out by itself)."""
+    context = contextvars.Context()
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:
+        context.run(sniffio.current_async_library_cvar.set, "asyncio")
+    return context
+
+
+def before_fork() -> None:
+    """Called in the parent before a fork."""
+    if _current is not None:
+        _current.pause()
+
+
+def after_fork_in_parent() -> None:
+    """Called in the parent after a fork."""
+    if _current is not None:
+        _current.resume()
+
+
+def after_fork_in_child() -> BackgroundLoop | None:
+    """Called in the child after a fork: the loop that is to be kept for ever, lest anything of it be finalised."""
+    global _current, _lock
+    # A thread that doesn't exist here may hold it.
+    _lock = threading.Lock()
+    loop, _current = _current, None
+    if loop is not None:
+        loop.forget()
+    return loop
+
+
+def shut_down() -> None:
+    """Called when the interpreter is about to exit."""
+    if _current is not None:
+        _current.shut_down()
