@@ -183,8 +183,16 @@ class Connection:
         Slots of streams that were reset while the connection was under suspicion stay taken (K10). Complete responses
         that nobody reads take up room as streams do, of the room that is ours: the peer's limit knows nothing of them.
         """
+        return self._slots(held=self._held_slots)
+
+    @property
+    def prospective_slots(self) -> int:
+        """`free_slots` as it will be when the next life gives up the slots that K10 holds."""
+        return self._slots(held=0)
+
+    def _slots(self, held: int) -> int:
         unread = -(-self._unread // INITIAL_WINDOW)
-        return min(self.max_streams - self._held_slots, MAX_STREAMS - unread) - self.open_streams
+        return min(self.max_streams - held, MAX_STREAMS - unread) - self.open_streams
 
     def send_request(
         self,

@@ -10,9 +10,11 @@ retirement by age (`_serve`, before choosing), HTTP/1.1 origins and proxies (`di
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -129,6 +131,8 @@ class _OriginState:
     hedging: bool = False
     #: The last dial's failure, until something succeeds.
     failure: BaseException | None = None
+    #: If that was the connect timeout: how long it was. Who allows more may still have it.
+    patience: float = math.inf
     lost: ConnectionLost | None = None
 
 
@@ -186,6 +190,9 @@ class Pool:
         """Open the request when its turn has come; cancellation leaves the queue."""
         state = self._state(request.origin)
         waiter = _Waiter(request, self.loop.parker())
+        if not state.waiting:
+            # What went wrong for those before is not what goes wrong for this one.
+            state.failure = state.lost = None
         state.queue.append(waiter)
         state.waiting += 1
         try:
@@ -271,7 +278,7 @@ class Pool:
         """Put a connection where `_choose` will find it, or not."""
         if connection not in state.connections:
             return
-        if not connection.protocol.accepting or connection.protocol.free_slots <= 0:
+        if not connection.protocol.accepting or connection.protocol.prospective_slots <= 0:
             state.available.pop(connection, None)
             state.unverified.pop(connection, None)
         elif connection not in state.available and connection not in state.unverified:
@@ -291,6 +298,7 @@ class Pool:
             state.waiting -= 1
             try:
                 waiter.stream = self._open(state, connection, waiter.request)
+                state.failure = state.lost = None
             except H2KeepError as error:
                 waiter.error = error
             waiter.parker.unpark()
@@ -301,7 +309,7 @@ class Pool:
         if state.unverified:
             self._verify(state)
             # Waiters beyond what the unverified ones could take want a connection of their own.
-            room = sum(connection.protocol.free_slots for connection in state.unverified)
+            room = sum(connection.protocol.prospective_slots for connection in state.unverified)
             if state.waiting <= room:
                 return
         wanted = -(-state.waiting // _EXPECTED_STREAMS)
@@ -322,10 +330,16 @@ class Pool:
             return len(self._states) + self._dials < limit
         return False
 
-    def _fail_waiters(self, state: _OriginState, error: BaseException) -> None:
-        while state.queue:
-            waiter = state.queue.popleft()
-            if not waiter.gone:
+    def _fail_waiters(self, state: _OriginState, error: BaseException, patience: float = math.inf) -> None:
+        """Fail those that allow no more than `patience` for connecting."""
+        queue, state.queue = state.queue, deque()
+        for waiter in queue:
+            connect = waiter.request.timeout.connect
+            if waiter.gone:
+                continue
+            if (math.inf if connect is None else connect) > patience:
+                state.queue.append(waiter)
+            else:
                 state.waiting -= 1
                 waiter.error = error.for_request(unprocessed=True) if isinstance(error, H2KeepError) else error
                 waiter.parker.unpark()
@@ -365,7 +379,9 @@ class Pool:
         if state.lost is not None:
             error.__cause__ = state.lost
         state.failure = state.lost = None
-        self._fail_waiters(state, error)
+        self._fail_waiters(state, error, state.patience)
+        if state.waiting:
+            self._make_room(state)
 
     # Dialling
 
@@ -373,8 +389,12 @@ class Pool:
         state.dials += 1
         self._dials += 1
         self._starved.pop(state, None)
-        first = next((waiter for waiter in state.queue if not waiter.gone), None)
-        timeout = None if first is None else first.request.timeout.connect
+        waiters = [waiter for waiter in islice(state.queue, _EXPECTED_STREAMS) if not waiter.gone]
+        allowed = [waiter.request.timeout.connect for waiter in waiters]
+        # Those that allow less have clocks of their own.
+        timeout = max((seconds for seconds in allowed if seconds is not None), default=None)
+        if None in allowed:
+            timeout = None
         self._spawn(lambda: self._dial(state, timeout))
 
     async def _dial(self, state: _OriginState, timeout: float | None) -> None:
@@ -400,6 +420,7 @@ class Pool:
                 failure = error
         if failure is not None:
             state.failure = failure if state.waiting else None
+            state.patience = timeout if timeout is not None and isinstance(failure, ConnectTimeout) else math.inf
             self._settle_failure(state)
             self._feed_starved()
         self._tidy(state)
@@ -438,7 +459,7 @@ class Pool:
         self._states[connection] = state
         self._serve(state)
         self._note_idle(connection)
-        self._trim()
+        self._trim(state)
         return connection
 
     # Owner: what connections report
@@ -465,7 +486,7 @@ class Pool:
             del state.unverified[connection]
             self._classify(state, connection)
             self._serve(state)
-            self._trim()
+            self._trim(state)
 
     def connection_calmed(self, connection: Http2Connection) -> None:
         """Owner."""
@@ -487,12 +508,12 @@ class Pool:
     def _remove(self, state: _OriginState, connection: Http2Connection) -> None:
         del self._states[connection]
         self._orphaned = self._orphaned or connection.orphaned
+        if connection in state.unverified and isinstance(connection.protocol.error, ConnectionLost):
+            state.lost = connection.protocol.error
         state.connections.discard(connection)
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
         self._idle.pop(connection, None)
-        if isinstance(connection.protocol.error, ConnectionLost):
-            state.lost = connection.protocol.error
         self._feed_starved()
 
     def _feed_starved(self) -> None:
@@ -507,11 +528,12 @@ class Pool:
 
     # Unused connections
 
-    def _trim(self) -> None:
-        """A hedge may have taken us over max_connections: one without requests makes way (K9d)."""
+    def _trim(self, state: _OriginState) -> None:
+        """A hedge may have taken us over max_connections: one without requests makes way, of the same origin (K9d)."""
         limit = self._limits.max_connections
         if limit is not None and len(self._states) > limit and self._idle:
-            next(iter(self._idle)).close()
+            unused = (connection for connection in (*state.unverified, *state.available) if connection in self._idle)
+            next(unused, next(iter(self._idle))).close()
 
     def _note_idle(self, connection: Http2Connection) -> None:
         if connection.idle_since is None or connection.protocol.closed:
