@@ -111,7 +111,7 @@ class Pyreqwest:
             yield rest.decode()
 
 
-def _trust(ca: Path) -> ssl.SSLContext:
+def trust(ca: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(ca))
 
 
@@ -127,7 +127,7 @@ async def _h2keep(base: str, ca: Path) -> AsyncIterator[Client]:
     from h2keep import AsyncClient
 
     client: h2keep.AsyncClient
-    async with AsyncClient(verify=_trust(ca)) as client:
+    async with AsyncClient(verify=trust(ca)) as client:
         yield HttpxLike(client, base)
 
 
@@ -137,7 +137,7 @@ async def _h2keep_httpx2(base: str, ca: Path) -> AsyncIterator[Client]:
 
     from h2keep.httpx2 import AsyncKeepaliveTransport
 
-    async with httpx2.AsyncClient(transport=AsyncKeepaliveTransport(verify=_trust(ca)), timeout=TIMEOUT) as client:
+    async with httpx2.AsyncClient(transport=AsyncKeepaliveTransport(verify=trust(ca)), timeout=TIMEOUT) as client:
         yield HttpxLike(client, base)
 
 
@@ -147,7 +147,7 @@ async def _h2keep_httpx(base: str, ca: Path) -> AsyncIterator[Client]:
 
     from h2keep.httpx import AsyncKeepaliveTransport
 
-    async with httpx.AsyncClient(transport=AsyncKeepaliveTransport(verify=_trust(ca)), timeout=TIMEOUT) as client:
+    async with httpx.AsyncClient(transport=AsyncKeepaliveTransport(verify=trust(ca)), timeout=TIMEOUT) as client:
         yield HttpxLike(client, base)
 
 
@@ -155,7 +155,7 @@ async def _h2keep_httpx(base: str, ca: Path) -> AsyncIterator[Client]:
 async def _httpx2(base: str, ca: Path) -> AsyncIterator[Client]:
     import httpx2
 
-    async with httpx2.AsyncClient(http2=True, verify=_trust(ca), timeout=TIMEOUT) as client:
+    async with httpx2.AsyncClient(http2=True, verify=trust(ca), timeout=TIMEOUT) as client:
         yield HttpxLike(client, base)
 
 
@@ -163,7 +163,7 @@ async def _httpx2(base: str, ca: Path) -> AsyncIterator[Client]:
 async def _httpx(base: str, ca: Path) -> AsyncIterator[Client]:
     import httpx
 
-    async with httpx.AsyncClient(http2=True, verify=_trust(ca), timeout=TIMEOUT) as client:
+    async with httpx.AsyncClient(http2=True, verify=trust(ca), timeout=TIMEOUT) as client:
         yield HttpxLike(client, base)
 
 

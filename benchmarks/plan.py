@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 ALL = ("h2keep", "h2keep-httpx2", "h2keep-httpx", "httpx2", "httpx", "pyreqwest", "pyreqwest-httpx", "null-httpx2")
 ON_THE_WIRE = ALL[:-1]
+BLOCKING = ("h2keep", "h2keep-httpx2", "h2keep-httpx", "httpx2", "httpx", "pyreqwest-httpx")
 IMPORTS = ("h2keep", "h2keep-httpx2", "h2keep-httpx", "httpx2", "httpx", "pyreqwest")
 
 
@@ -49,6 +50,17 @@ def _rr(concurrency: int) -> Case:
         {"concurrency": concurrency, "warmup": 0.5, "seconds": 3},
         (Column("per_second", "requests/s"), Column("cpu_us", "client CPU µs/request"), *LATENCY, *BUSY),
         ALL,
+        {"warmup": 0.2, "seconds": 0.8},
+    )
+
+
+def _threads(concurrency: int) -> Case:
+    return Case(
+        f"threads@{concurrency}",
+        "threads",
+        {"concurrency": concurrency, "warmup": 0.5, "seconds": 3},
+        (Column("per_second", "requests/s"), Column("cpu_us", "client CPU µs/request"), *LATENCY, *BUSY),
+        BLOCKING,
         {"warmup": 0.2, "seconds": 0.8},
     )
 
@@ -113,6 +125,30 @@ CASES = (
     # Both about 2,048 requests a second: only how many are in flight differs.
     _fanin(16, 16 / 2048),
     _fanin(4096, 2.0),
+    _threads(16),
+    _threads(1),
+    Case(
+        "blocking-download",
+        "blocking-download",
+        {"mib": 48, "repeats": 5},
+        (Column("per_second", "MiB/s"), Column("first", "first MiB/s"), Column("cpu_us", "client CPU µs/MiB"), *BUSY),
+        BLOCKING,
+        {"repeats": 2},
+    ),
+    Case(
+        "storm",
+        "storm",
+        {"concurrency": 100, "requests": 200, "rounds": 10},
+        (
+            Column("per_second", "requests/s"),
+            Column("grown", "memory grown", ".1%"),
+            Column("resident_mib", "MiB in use"),
+            *BUSY,
+        ),
+        ("h2keep", "h2keep-httpx2"),
+        {"concurrency": 20, "requests": 20, "rounds": 3},
+        one_connection=False,
+    ),
     Case(
         "import", "import", {}, (Column("ms", "ms beyond h2 and anyio", ".1f"), Column("modules", "modules")), IMPORTS
     ),
@@ -181,5 +217,13 @@ FIGURES = (
     _fanin_growth("h2keep", 1.3),
     _fanin_growth("httpx2", None),
     _fanin_growth("pyreqwest", None),
+    _ratio("threads@16", "per_second", "h2keep-httpx2", "httpx2", at_least=2.4),
+    _ratio("threads@16", "per_second", "h2keep-httpx", "pyreqwest-httpx", at_least=0.9),
+    _ratio("threads@16", "per_second", "h2keep", "httpx2", at_least=5),
+    _ratio("threads@1", "per_second", "h2keep-httpx2", "httpx2", at_least=0.6),
+    _ratio("threads@1", "per_second", "h2keep", "httpx2", at_least=0.9),
+    _ratio("blocking-download", "per_second", "h2keep-httpx2", "httpx2", at_least=1.5),
+    Figure("storm: memory grown", Value("storm", "h2keep-httpx2", "grown"), at_most=0.05, unit=""),
+    Figure("storm: memory grown, direct", Value("storm", "h2keep", "grown"), at_most=0.05, unit=""),
     Figure("import: h2keep, beyond h2 and anyio", Value("import", "h2keep", "ms"), at_most=80, unit=" ms"),
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anyio
 
+from benchmarks import blocking
 from benchmarks.candidates import CANDIDATES
 from benchmarks.workloads import WORKLOADS, Parameters
 
@@ -24,7 +25,7 @@ def _parameter(text: str) -> tuple[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=__doc__)
-    parser.add_argument("scenario", choices=WORKLOADS)
+    parser.add_argument("scenario", choices=[*WORKLOADS, *blocking.WORKLOADS])
     parser.add_argument("candidate", choices=CANDIDATES)
     parser.add_argument("parameters", nargs="*", type=_parameter, metavar="NAME=NUMBER")
     parser.add_argument("--url", required=True)
@@ -37,16 +38,23 @@ def main() -> None:
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
 
+    parameters = Parameters(dict(options.parameters), options.stats)
+
     async def measure() -> None:
         candidate = CANDIDATES[options.candidate]
         async with candidate.open(options.url, options.ca) as client:
-            parameters = Parameters(dict(options.parameters), options.stats)
             metrics = await WORKLOADS[options.scenario](client, parameters)
             # Before the client is closed: what goes wrong there must not hide what was measured.
             print(json.dumps(metrics), flush=True)
 
+    def measure_blocking() -> None:
+        with blocking.CANDIDATES[options.candidate](options.url, options.ca) as client:
+            print(json.dumps(blocking.WORKLOADS[options.scenario](client, parameters)), flush=True)
+
     def run() -> None:
-        if options.loop == "trio":
+        if options.scenario in blocking.WORKLOADS:
+            measure_blocking()
+        elif options.loop == "trio":
             anyio.run(measure, backend="trio")
         else:
             anyio.run(measure, backend_options={"use_uvloop": options.loop == "uvloop"})

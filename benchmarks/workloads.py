@@ -126,7 +126,7 @@ async def rr(client: Client, p: Parameters) -> Metrics:
     await ask_all(p["warmup"])
     with Window(p.stats) as window:
         await ask_all(p["seconds"])
-    return window.metrics(len(times)) | _latencies(times)
+    return window.metrics(len(times)) | latencies(times)
 
 
 async def download(client: Client, p: Parameters) -> Metrics:
@@ -182,7 +182,7 @@ async def sse_singly(client: Client, p: Parameters) -> Metrics:
         raise RuntimeError(f"{p.count('events')} events were asked for, {len(sent)} came")
     single = [came < following for came, following in zip(arrived, sent[1:], strict=False)]
     late = [(came - when) / 1e9 for came, when in zip(arrived, sent, strict=True)]
-    return window.metrics(len(sent)) | {"singly": sum(single) / len(single)} | _latencies(late)
+    return window.metrics(len(sent)) | {"singly": sum(single) / len(single)} | latencies(late)
 
 
 async def bulk_latency(client: Client, p: Parameters) -> Metrics:
@@ -211,7 +211,7 @@ async def bulk_latency(client: Client, p: Parameters) -> Metrics:
                 times.append(time.perf_counter() - start)
             mib = received / MIB
         tasks.cancel_scope.cancel()
-    return window.metrics(mib) | {"requests": len(times)} | _latencies(times)
+    return window.metrics(mib) | {"requests": len(times)} | latencies(times)
 
 
 async def fanin(client: Client, p: Parameters) -> Metrics:
@@ -244,10 +244,10 @@ async def fanin(client: Client, p: Parameters) -> Metrics:
             await anyio.sleep(p["seconds"])
         done = list(late)
         tasks.cancel_scope.cancel()
-    return window.metrics(len(done)) | (_latencies(done) if done else {})
+    return window.metrics(len(done)) | (latencies(done) if done else {})
 
 
-def _latencies(times: Sequence[float]) -> Metrics:
+def latencies(times: Sequence[float]) -> Metrics:
     return {"p50_ms": percentile(times, 0.5) * 1e3, "p99_ms": percentile(times, 0.99) * 1e3}
 
 
