@@ -14,9 +14,7 @@ __all__ = ["assert_at_rest", "connections_of", "pool_of"]
 
 def pool_of(client: h2keep.AsyncClient) -> Pool:
     """The client's pool for the running event loop."""
-    pool = client._connections._pool
-    assert pool is not None
-    return pool
+    return client._connections._running_pool()
 
 
 def connections_of(client: h2keep.AsyncClient) -> list[Http2Connection]:
