@@ -5,17 +5,25 @@
 
 Each serves `support.app`; `nvcf` serves the demo's gateway. They are started once and shared, so a test leaves them
 as they were. `server_factory` starts one that the test has to itself, and may stop.
+
+    with forgetful(granian.url, forget_after=1.0) as relay:    # relay.url leads through a middlebox
+
+needs no event loop of the caller's, and no fixture.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,10 +31,12 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from h2keep.cli.middlebox import Event, Middlebox
 
-__all__ = ["Server", "ServerFactory"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Relay", "Server", "ServerFactory", "forgetful"]
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 60.0
@@ -256,3 +266,50 @@ def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
+
+
+@dataclass
+class Relay:
+    """A middlebox that accepts connections."""
+
+    #: The server's, but for the port.
+    url: str
+    #: Everything that happened, as it happens.
+    events: list[Event]
+    #: Lets the server disappear.
+    vanish: Callable[[], None] = field(repr=False)
+
+    def seen(self, kind: type[Event]) -> list[Event]:
+        """The events of one kind so far."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@contextlib.contextmanager
+def forgetful(url: str, forget_after: float) -> Iterator[Relay]:
+    """A middlebox before a server that forgets flows silent for `forget_after` seconds; it has a thread of its own."""
+    target = urllib.parse.urlsplit(url)
+    assert target.hostname is not None
+    assert target.port is not None
+    address = (target.hostname, target.port)
+    events: list[Event] = []
+    ready: concurrent.futures.Future[tuple[Middlebox, asyncio.AbstractEventLoop, asyncio.Event]]
+    ready = concurrent.futures.Future()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        async with Middlebox(address, forget_after, events.append) as box:
+            ready.set_result((box, asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="middlebox")
+    thread.start()
+    box, loop, stop = ready.result(_START_SECONDS)
+
+    def vanish() -> None:
+        loop.call_soon_threadsafe(box.vanish)
+
+    try:
+        yield Relay(f"{target.scheme}://{_HOST}:{box.port}", events, vanish)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
