@@ -6,6 +6,7 @@ redirects and authentication are not here; who wants them uses the httpx2 adapte
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -40,30 +41,71 @@ class Response(BaseResponse):
             self._content = b"".join(chunks)
         return self._content
 
-    async def aiter_bytes(self) -> AsyncIterator[bytes]:
+    def aiter_bytes(self) -> AsyncIterator[bytes]:
         """The body as it comes: whatever waits is one chunk."""
-        if self._content is not None:
-            yield self._content
-            return
-        self._use_up()
-        try:
-            while chunk := await self._stream.receive():
-                yield chunk
-        finally:
-            self._stream.close()
+        return self._chunks()
 
-    async def aiter_lines(self) -> AsyncIterator[str]:
+    def aiter_lines(self) -> AsyncIterator[str]:
         r"""The body's lines without their ends, each as soon as it is complete; \n, \r\n and \r end a line."""
-        splitter = LineSplitter(self._charset())
-        async for chunk in self.aiter_bytes():
-            for line in splitter.feed(chunk):
-                yield line
-        for line in splitter.end():
-            yield line
+        return _Lines(self._chunks(), LineSplitter(self._charset()))
+
+    def _chunks(self) -> _Chunks:
+        if self._content is None:
+            self._use_up()
+        return _Chunks(self._stream, self._content)
 
     async def aclose(self) -> None:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
         self._stream.close()
+
+
+# No generators: trio, and asyncio at its end, complain of those that are left half-read, as these may be.
+
+
+class _Chunks:
+    def __init__(self, stream: Http2Stream | AwaitableExchange, content: bytes | None) -> None:
+        self._stream = stream
+        self._content = content
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._content is None:
+            chunk = await self._stream.receive()
+        else:
+            chunk, self._content = self._content, b""
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        self._stream.close()
+
+
+class _Lines:
+    def __init__(self, chunks: _Chunks, splitter: LineSplitter) -> None:
+        self._chunks = chunks
+        self._splitter = splitter
+        self._lines: deque[str] = deque()
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        while not self._lines:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                self._lines.extend(self._splitter.feed(await anext(self._chunks)))
+            except StopAsyncIteration:
+                self._ended = True
+                self._lines.extend(self._splitter.end())
+        return self._lines.popleft()
+
+    async def aclose(self) -> None:
+        await self._chunks.aclose()
 
 
 class AsyncClient(BaseClient):

@@ -276,7 +276,9 @@ class Peer:
             self._block = None
 
     def _take_head(self, first: frames.HeadersFrame, block: bytearray) -> None:
-        fields = [(str(name), str(value)) for name, value in self._decoder.decode(bytes(block))]
+        decoded = self._decoder.decode(bytes(block), raw=True)
+        # Whatever a client sends can be looked at: what is not UTF-8 becomes surrogates.
+        fields = [(_text(name), _text(value)) for name, value in decoded]
         request = self.requests.get(first.stream_id)
         if request is None:
             request = self.requests[first.stream_id] = RawRequest(self, first.stream_id, fields)
@@ -551,6 +553,10 @@ class Peer:
         """RST; what wasn't sent is lost."""
         abort(self.sock)
         self.close()
+
+
+def _text(raw: bytes | str) -> str:
+    return raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else raw
 
 
 def _attribute(frame: frames.Frame, name: str) -> object:
