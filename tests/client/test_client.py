@@ -15,7 +15,7 @@ from support.clock import virtual_time
 from support.raw import RawServer, answering, task_group
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import trustme
@@ -47,21 +47,15 @@ def last(server: RawServer) -> RawRequest:
     return list(server.peers[-1].requests.values())[-1]
 
 
-def chunked(*chunks: bytes, headers: Iterable[tuple[str, str]] = ()) -> Callable[[Peer], Awaitable[None]]:
-    """A handler that answers in chunks that the client gets one by one."""
-    headers = list(headers)
-
-    async def handler(peer: Peer) -> None:
-        while True:
-            request = await peer.request()
-            await peer.respond(request.stream_id, headers=headers, end_stream=False)
-            for chunk in chunks:
-                # The PING's answer means that the chunk before has been taken in.
-                await peer.ping()
-                await peer.send_data(request.stream_id, chunk)
-            await peer.send_data(request.stream_id, b"", end_stream=True)
-
-    return handler
+async def send_chunks(request: RawRequest, *chunks: bytes) -> None:
+    """Answer in chunks that the client gets one by one."""
+    peer = request.peer
+    await peer.respond(request.stream_id, end_stream=False)
+    for chunk in chunks:
+        # The PING's answer means that the chunk before has been taken in.
+        await peer.ping()
+        await peer.send_data(request.stream_id, chunk)
+    await peer.send_data(request.stream_id, b"", end_stream=True)
 
 
 # Requests
@@ -230,32 +224,38 @@ async def test_fifty_requests_at_once_share_a_connection(server: RawServer, clie
 # URLs
 
 
-@pytest.mark.parametrize(
-    ("url", "authority", "path"),
-    [
-        ("http://example.com", "example.com", "/"),
-        ("HTTP://EXAMPLE.com:80/", "example.com", "/"),
-        ("http://example.com:8080/a/b", "example.com:8080", "/a/b"),
-        ("http://example.com?x=1", "example.com", "/?x=1"),
-        ("http://example.com/?x=1&y=a/b?c#fragment?no", "example.com", "/?x=1&y=a/b?c"),
-        ("http://example.com#fragment", "example.com", "/"),
-        ("http://example.com/a b/ü?q=ü x", "example.com", "/a%20b/%C3%BC?q=%C3%BC%20x"),
-        ("http://example.com/%2F%20?q=%26", "example.com", "/%2F%20?q=%26"),
-        ("http://example.com//double/../dots/./", "example.com", "//double/../dots/./"),
-        ('http://example.com/<">{}|\\^`', "example.com", "/%3C%22%3E%7B%7D%7C%5C%5E%60"),
-        ("http://[::1]:8443/x", "[::1]:8443", "/x"),
-        ("http://127.0.0.1/x", "127.0.0.1", "/x"),
-        ("http://bücher.example/", "xn--bcher-kva.example", "/"),
-    ],
-)
-async def test_urls_become_authority_and_path(tmp_path: Path, url: str, authority: str, path: str) -> None:
+URLS: list[tuple[str, str, str]] = [
+    ("http://example.com", "example.com", "/"),
+    ("HTTP://EXAMPLE.com:80/", "example.com", "/"),
+    ("http://example.com:8080/a/b", "example.com:8080", "/a/b"),
+    ("http://example.com?x=1", "example.com", "/?x=1"),
+    ("http://example.com/?x=1&y=a/b?c#fragment?no", "example.com", "/?x=1&y=a/b?c"),
+    ("http://example.com#fragment", "example.com", "/"),
+    ("http://example.com/a b/ü?q=ü x", "example.com", "/a%20b/%C3%BC?q=%C3%BC%20x"),
+    ("http://example.com/%2F%20?q=%26", "example.com", "/%2F%20?q=%26"),
+    ("http://example.com//double/../dots/./", "example.com", "//double/../dots/./"),
+    ('http://example.com/<">{}|\\^`', "example.com", "/%3C%22%3E%7B%7D%7C%5C%5E%60"),
+    ("http://[::1]:8443/x", "[::1]:8443", "/x"),
+    ("http://127.0.0.1/x", "127.0.0.1", "/x"),
+    ("http://bücher.example/", "xn--bcher-kva.example", "/"),
+]
+
+
+async def test_urls_become_authority_and_path(tmp_path: Path) -> None:
     uds = str(tmp_path / "socket")
+    seen: list[dict[str, str]] = []
+
+    async def handler(peer: Peer) -> None:
+        while True:
+            request = await peer.request()
+            seen.append(request.headers)
+            await peer.respond(request.stream_id)
+
     async with RawServer.listen(uds=uds) as server, h2keep.AsyncClient(http1=False, uds=uds) as client:
-        server.serve(answering())
-        await client.get(url)
-        assert last(server).headers[":authority"] == authority
-        assert last(server).path == path
-        assert last(server).headers[":scheme"] == "http"
+        server.serve(handler)
+        for url, authority, path in URLS:
+            await client.get(url)
+            assert (seen[-1][":scheme"], seen[-1][":authority"], seen[-1][":path"]) == ("http", authority, path), url
 
 
 async def test_https_without_a_port_is_443(tmp_path: Path, ca_path: Path, ca: trustme.CA) -> None:
@@ -367,29 +367,36 @@ async def test_headers_are_a_mapping_in_any_case(server: RawServer, client: h2ke
         headers["x-none"]
 
 
-@pytest.mark.parametrize(
-    ("content_type", "body", "text"),
-    [
-        (None, "ü€".encode(), "ü€"),
-        ("text/plain", "ü".encode(), "ü"),
-        ("text/plain; charset=iso-8859-1", b"\xfc", "ü"),
-        ('text/plain; charset="windows-1252"', b"\x80", "€"),
-        ("text/plain; CHARSET=UTF-16; x=y", "ü".encode("utf-16"), "ü"),
-        ("text/plain; charset=nonsense", "ü".encode(), "ü"),
-        # Python has codecs of these names, but they don't make text of bytes.
-        ("text/plain; charset=hex", "ü".encode(), "ü"),
-        ("text/plain; charset=idna", "ü".encode(), "ü"),
-        ("text/plain; charset=utf-8", b"a\xffb", "a\ufffdb"),
-    ],
-)
-async def test_text_follows_the_charset(
-    server: RawServer, client: h2keep.AsyncClient, content_type: str | None, body: bytes, text: str
-) -> None:
-    server.serve(answering(body, headers=[("content-type", content_type)] if content_type else []))
-    response = await client.get(server.url)
-    assert response.text == text
-    async with client.stream("GET", server.url) as response:
-        assert [line async for line in response.aiter_lines()] == [text]
+TEXTS: list[tuple[str | None, bytes, str]] = [
+    (None, "ü€".encode(), "ü€"),
+    ("text/plain", "ü".encode(), "ü"),
+    ("text/plain; charset=iso-8859-1", b"\xfc", "ü"),
+    ('text/plain; charset="windows-1252"', b"\x80", "€"),
+    ("text/plain; CHARSET=UTF-16; x=y", "ü".encode("utf-16"), "ü"),
+    ("text/plain; charset=nonsense", "ü".encode(), "ü"),
+    # Python has codecs of these names, but they don't make text of bytes.
+    ("text/plain; charset=hex", "ü".encode(), "ü"),
+    ("text/plain; charset=idna", "ü".encode(), "ü"),
+    ("text/plain; charset=utf-8", b"a\xffb", "a\ufffdb"),
+]
+
+
+async def test_text_follows_the_charset(server: RawServer, client: h2keep.AsyncClient) -> None:
+    answers = iter([case for case in TEXTS for _ in range(2)])
+
+    async def handler(peer: Peer) -> None:
+        while True:
+            request = await peer.request()
+            content_type, body, _ = next(answers)
+            headers = [] if content_type is None else [("content-type", content_type)]
+            await peer.respond(request.stream_id, headers=headers, body=body)
+
+    server.serve(handler)
+    for content_type, _, text in TEXTS:
+        response = await client.get(server.url)
+        assert response.text == text, content_type
+        async with client.stream("GET", server.url) as response:
+            assert [line async for line in response.aiter_lines()] == [text], content_type
 
 
 async def test_a_body_is_to_be_read_before_it_is_had(server: RawServer, client: h2keep.AsyncClient) -> None:
@@ -403,13 +410,18 @@ async def test_a_body_is_to_be_read_before_it_is_had(server: RawServer, client: 
         assert response.content == b"body"
 
 
-@pytest.mark.parametrize("chunks", [(b"one", b"two", b"three"), (b"",), ()])
-async def test_bytes_come_as_they_come(
-    server: RawServer, client: h2keep.AsyncClient, chunks: tuple[bytes, ...]
-) -> None:
-    server.serve(chunked(*chunks))
+async def test_bytes_come_as_they_come(server: RawServer, client: h2keep.AsyncClient) -> None:
+    chunks = [b"one", b"", b"two", b"three"]
+
+    async def handler(peer: Peer) -> None:
+        await send_chunks(await peer.request(), *chunks)
+        await send_chunks(await peer.request())
+
+    server.serve(handler)
     async with client.stream("GET", server.url) as response:
-        assert [chunk async for chunk in response.aiter_bytes()] == [chunk for chunk in chunks if chunk]
+        assert [chunk async for chunk in response.aiter_bytes()] == [b"one", b"two", b"three"]
+    async with client.stream("GET", server.url) as response:
+        assert [chunk async for chunk in response.aiter_bytes()] == []
 
 
 async def test_a_body_that_was_iterated_over_is_not_kept(server: RawServer, client: h2keep.AsyncClient) -> None:
@@ -424,31 +436,36 @@ async def test_a_body_that_was_iterated_over_is_not_kept(server: RawServer, clie
             response.content  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("chunks", "lines"),
-    [
-        ((b"a\nb\r\nc\rd",), ["a", "b", "c", "d"]),
-        ((b"a\n\n\nb\n",), ["a", "", "", "b"]),
-        ((b"a\r\r\nb",), ["a", "", "b"]),
-        ((b"a\r", b"\nb"), ["a", "b"]),
-        ((b"a\r", b"b\r", b"\n", b"\n"), ["a", "b", ""]),
-        ((b"a\r",), ["a"]),
-        ((b"\r", b"\n"), [""]),
-        ((b"\n", b"\n"), ["", ""]),
-        ((b"no", b" end", b" at all"), ["no end at all"]),
-        ((b"data: \xe2\x82", b"\xac\ndata: ", b"\xc3", b"\xbc\n\n"), ["data: €", "data: ü", ""]),
-        ((b"cut short \xe2\x82",), ["cut short \ufffd"]),
-        # Ends of lines for str.splitlines, and not on the web.
-        (("a\x0bb\x0cc\x85d\u2028e".encode(),), ["a\x0bb\x0cc\x85d\u2028e"]),
-        ((), []),
-    ],
-)
-async def test_lines_end_alike_wherever_chunks_do(
-    server: RawServer, client: h2keep.AsyncClient, chunks: tuple[bytes, ...], lines: list[str]
-) -> None:
-    server.serve(chunked(*chunks))
-    async with client.stream("GET", server.url) as response:
-        assert [line async for line in response.aiter_lines()] == lines
+LINES: list[tuple[tuple[bytes, ...], list[str]]] = [
+    ((b"a\nb\r\nc\rd",), ["a", "b", "c", "d"]),
+    ((b"a\n\n\nb\n",), ["a", "", "", "b"]),
+    ((b"a\r\r\nb",), ["a", "", "b"]),
+    ((b"a\r", b"\nb"), ["a", "b"]),
+    ((b"a\r", b"b\r", b"\n", b"\n"), ["a", "b", ""]),
+    ((b"a\r",), ["a"]),
+    ((b"\r", b"\n"), [""]),
+    ((b"\n", b"\n"), ["", ""]),
+    ((b"no", b" end", b" at all"), ["no end at all"]),
+    ((b"data: \xe2\x82", b"\xac\ndata: ", b"\xc3", b"\xbc\n\n"), ["data: €", "data: ü", ""]),
+    ((b"cut short \xe2\x82",), ["cut short \ufffd"]),
+    # Ends of lines for str.splitlines, and not on the web.
+    (("a\x0bb\x0cc\x85d\u2028e".encode(),), ["a\x0bb\x0cc\x85d\u2028e"]),
+    ((), []),
+]
+
+
+async def test_lines_end_alike_wherever_chunks_do(server: RawServer, client: h2keep.AsyncClient) -> None:
+    answers = iter(LINES)
+
+    async def handler(peer: Peer) -> None:
+        while True:
+            request = await peer.request()
+            await send_chunks(request, *next(answers)[0])
+
+    server.serve(handler)
+    for chunks, lines in LINES:
+        async with client.stream("GET", server.url) as response:
+            assert [line async for line in response.aiter_lines()] == lines, chunks
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
