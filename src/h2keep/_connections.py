@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextvars
 import functools
+import ipaddress
 import os
 import sys
 import threading
@@ -38,6 +39,23 @@ if TYPE_CHECKING:
 __all__ = ["Connections"]
 
 
+def _check(limits: object, uds: object, local_address: object, socket_options: tuple[object, ...]) -> None:
+    """Refuse what would otherwise fail where nobody knows any more which argument it came from."""
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits: {limits!r} is not a Limits")
+    if uds is not None and not isinstance(uds, str):
+        raise TypeError(f"uds: {uds!r} is not a str")
+    if local_address is not None:
+        try:
+            # Not a name: binding to it would resolve it, and block the event loop meanwhile.
+            ipaddress.ip_address(str(local_address))
+        except ValueError as error:
+            raise ValueError(f"local_address: {local_address!r} is not an IP address") from error
+    for option in socket_options:
+        if not (isinstance(option, tuple) and len(option) in (3, 4)):
+            raise TypeError(f"socket_options: {option!r} is not (level, name, value)")
+
+
 class Connections:
     """Connections made in one way, for any event loop and any thread."""
 
@@ -58,9 +76,7 @@ class Connections:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
         options: tuple[Any, ...] = tuple(socket_options or ())
-        for option in options:
-            if not (isinstance(option, tuple) and len(option) in (3, 4)):
-                raise TypeError(f"socket_options: {option!r} is not (level, name, value)")
+        _check(limits, uds, local_address, options)
         if engine != "h2":
             raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
