@@ -10,6 +10,7 @@ import functools
 import json as jsonlib
 import re
 import ssl
+import sys
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -99,6 +100,11 @@ class BaseResponse:
         assert stream.status is not None
         self.status_code = stream.status
         self.headers = Headers(stream.headers)
+
+    def __del__(self, is_finalizing: Any = sys.is_finalizing) -> None:
+        # Forgotten before its end: its stream would stay open for ever.
+        if not is_finalizing():
+            self._source.give_up()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} [{self.status_code}]>"

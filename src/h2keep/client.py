@@ -52,7 +52,7 @@ class Response(BaseResponse):
     def _chunks(self) -> _Chunks:
         if self._content is None:
             self._use_up()
-        return _Chunks(self._stream, self._content)
+        return _Chunks(self, self._stream, self._content)
 
     async def aclose(self) -> None:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
@@ -63,7 +63,9 @@ class Response(BaseResponse):
 
 
 class _Chunks:
-    def __init__(self, stream: Http2Stream | AwaitableExchange, content: bytes | None) -> None:
+    def __init__(self, response: Response, stream: Http2Stream | AwaitableExchange, content: bytes | None) -> None:
+        # Kept, as it would give its stream up when it is forgotten.
+        self._response = response
         self._stream = stream
         self._content = content
 

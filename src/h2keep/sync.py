@@ -34,8 +34,13 @@ class SyncResponse(BaseResponse):
         if self._content is None:
             self._use_up()
             chunks = []
-            while chunk := self._stream.receive():
-                chunks.append(chunk)
+            try:
+                while chunk := self._stream.receive():
+                    chunks.append(chunk)
+            except BaseException:
+                # KeyboardInterrupt may come between two chunks.
+                self._stream.close()
+                raise
             self._content = b"".join(chunks)
         return self._content
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from h2keep.errors import ConnectError
 from h2keep.runner import eventloop
+from h2keep.runner.connection import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -33,6 +34,10 @@ _PATIENCE = 1.0
 
 _lock = threading.Lock()
 _current: BackgroundLoop | None = None
+#: Every loop that has a thread: the current one, and those that are ending.
+_loops: set[BackgroundLoop] = set()
+#: What each fork that is under way has paused.
+_paused: list[list[BackgroundLoop]] = []
 
 
 def lease(make_pool: Callable[[], Pool]) -> Lease:
@@ -64,6 +69,11 @@ class Lease:
         """Whether there are connections that nobody has closed."""
         return self._pool is not None and self._pool.left_open
 
+    @property
+    def ended(self) -> bool:
+        """Whether the share was given back, by `end` or because the interpreter exits."""
+        return self._ending
+
     def pool(self) -> Pool:
         """The pool; in the loop's thread only. Raises `ConnectError` after `end`."""
         if self._ending:
@@ -75,6 +85,13 @@ class Lease:
     def end(self) -> None:
         """Close the pool and give the share back. Takes no lock and doesn't wait, as `__del__` must not."""
         self.loop.post(self._end)
+
+    def end_at_exit(self) -> None:
+        """The same, but threads that wait for a response go on waiting, as they would with any other client.
+
+        They are daemons, or somebody's who still wants to have their answer: an error would be news to nobody else.
+        """
+        self.loop.post(self._end_at_exit)
 
     def wait_ended(self) -> None:
         """Wait until that is done and, if this was the last lease, the thread is gone; a no-op in the loop itself."""
@@ -98,6 +115,13 @@ class Lease:
         else:
             self.loop.spawn(self._close_pool)
 
+    def _end_at_exit(self) -> None:
+        if self._pool is None or not self._pool.busy:
+            self._end()
+        else:
+            self._pool.close_idle()
+            self._ended.set()
+
     async def _close_pool(self) -> None:
         assert self._pool is not None
         try:
@@ -107,8 +131,9 @@ class Lease:
 
     def _give_back(self) -> None:
         self.loop.leases.discard(self)
-        self._ended.set()
         self.loop.end_if_unused()
+        # Last: who waits for it looks next whether the thread is ending.
+        self._ended.set()
 
 
 class BackgroundLoop:
@@ -127,7 +152,12 @@ class BackgroundLoop:
         self.ending = False
         #: Nothing runs here any more, or never did in this process.
         self.dead = False
+        # Guards what follows: whether a thread is to run the loop, and whether one does.
+        self._threads = threading.Lock()
+        self._pauses = 0
+        self._has_thread = False
         self._start_thread()
+        _loops.add(self)
 
     # From any thread
 
@@ -143,6 +173,10 @@ class BackgroundLoop:
             except RuntimeError:
                 # It was closed just now.
                 self._run_jobs()
+            except BaseException:
+                # KeyboardInterrupt: perhaps nothing was scheduled, so the next one must not rely on it.
+                self._scheduled = False
+                raise
 
     def is_current(self) -> bool:
         """Whether this is the loop's thread."""
@@ -185,8 +219,10 @@ class BackgroundLoop:
                 self._jobs.popleft()()
 
     def _answer(self) -> None:
-        for _ in range(len(self._rung)):
-            self._rung.popleft()()
+        # What is rung for meanwhile is for the next turn.
+        rung, self._rung = self._rung, deque()
+        for answer in rung:
+            answer()
 
     # The thread
 
@@ -196,14 +232,24 @@ class BackgroundLoop:
             self._thread.start()
         except RuntimeError as error:
             raise ConnectError(f"h2keep's background thread can't be started: {error}") from error
+        self._has_thread = True
 
     def _run(self) -> None:
-        self._asyncio.run_forever()
-        if self.ending:
-            self._cancel_tasks()
-            self.dead = True
-            self._run_jobs()
-            self._asyncio.close()
+        while not self.ending:
+            try:
+                self._asyncio.run_forever()
+            except SystemExit:
+                # From a hook of the user's: it mustn't end the thread that others rely on.
+                log.exception("an event hook tried to end h2keep's background thread")
+            with self._threads:
+                if self._pauses and not self.ending:
+                    self._has_thread = False
+                    return
+        self._cancel_tasks()
+        self.dead = True
+        self._run_jobs()
+        self._asyncio.close()
+        _loops.discard(self)
 
     def _cancel_tasks(self) -> None:
         """Pools end their own tasks; what may be left is a name resolution, for whose thread nobody waits."""
@@ -216,22 +262,33 @@ class BackgroundLoop:
     # Interpreter exit and fork
 
     def shut_down(self) -> None:
-        """End all leases and the thread: the interpreter is about to exit."""
-        for share in list(self.leases):
-            share.end()
+        """The interpreter is about to exit: end what nobody waits for, and the thread, if all is ended."""
+        shares = list(self.leases)
+        for share in shares:
+            share.end_at_exit()
         self.post(self.end_if_unused)
-        self.join()
+        for share in shares:
+            share.wait_ended()
+        if self.ending:
+            self.join()
 
     def pause(self) -> None:
         """Stop the loop between two callbacks: no lock or TLS record is caught in mid-air by a fork."""
+        with self._threads:
+            self._pauses += 1
         if not self.is_current():
-            self._asyncio.call_soon_threadsafe(self._asyncio.stop)
+            # RuntimeError: it has just ended by itself.
+            with contextlib.suppress(RuntimeError):
+                self._asyncio.call_soon_threadsafe(self._asyncio.stop)
             self.join()
 
     def resume(self) -> None:
-        """Go on in a new thread."""
-        if not self.is_current() and not self._thread.is_alive() and not self.ending:
-            self._start_thread()
+        """Go on, in a new thread if the old one has ended by now; several threads may fork at once."""
+        with self._threads:
+            # KeyboardInterrupt may have come before it was counted.
+            self._pauses = max(0, self._pauses - 1)
+            if not self._pauses and not self._has_thread and not self.ending:
+                self._start_thread()
 
     def forget(self) -> None:
         """This is a child process, and the loop is its parent's: let go of its descriptors, and touch nothing else.
@@ -239,6 +296,7 @@ class BackgroundLoop:
         Even the selector's own methods, or the loop's, would change what the two processes share.
         """
         self.dead = True
+        self._jobs.clear()
         for share in list(self.leases):
             share.forget()
         self._selector.close()
@@ -257,25 +315,31 @@ def _empty_context() -> contextvars.Context:
 
 def before_fork() -> None:
     """Called in the parent before a fork."""
-    if _current is not None:
-        _current.pause()
+    loops = list(_loops)
+    # First: an exception here doesn't keep the fork from going on.
+    _paused.append(loops)
+    for loop in loops:
+        loop.pause()
 
 
 def after_fork_in_parent() -> None:
     """Called in the parent after a fork."""
-    if _current is not None:
-        _current.resume()
+    for loop in _paused.pop():
+        loop.resume()
 
 
-def after_fork_in_child() -> BackgroundLoop | None:
-    """Called in the child after a fork: the loop that is to be kept for ever, lest anything of it be finalised."""
+def after_fork_in_child() -> list[BackgroundLoop]:
+    """Called in the child after a fork: the loops that are to be kept for ever, lest anything of them be finalised."""
     global _current, _lock
     # A thread that doesn't exist here may hold it.
     _lock = threading.Lock()
-    loop, _current = _current, None
-    if loop is not None:
+    _current = None
+    loops = list(_loops)
+    for loop in loops:
         loop.forget()
-    return loop
+    _loops.clear()
+    _paused.clear()
+    return loops
 
 
 def shut_down() -> None:

@@ -68,6 +68,10 @@ class EventLoop(ABC):
     def is_dead(self) -> bool:
         """Whether it has ended for good; asked from anywhere."""
 
+    @abstractmethod
+    def is_running(self) -> bool:
+        """Whether it runs now, in whatever thread; asked from anywhere."""
+
 
 class _AsyncioParker(Parker):
     __slots__ = ("_future", "_loop", "_permit")
@@ -79,7 +83,8 @@ class _AsyncioParker(Parker):
 
     def unpark(self) -> None:
         self._permit = True
-        if self._future is not None and not self._future.done():
+        # A loop that was closed with its tasks in it is told things by their finally blocks.
+        if self._future is not None and not self._future.done() and not self._loop.is_closed():
             self._future.set_result(None)
 
     async def park(self) -> None:
@@ -119,6 +124,9 @@ class _AsyncioLoop(EventLoop):
 
     def is_dead(self) -> bool:
         return self._loop.is_closed()
+
+    def is_running(self) -> bool:
+        return self._loop.is_running()
 
 
 class _TrioParker(Parker):
@@ -177,6 +185,9 @@ class _TrioLoop(EventLoop):
         except RuntimeError:
             return True
         return False
+
+    def is_running(self) -> bool:
+        return not self.is_dead()
 
 
 def native_loop() -> object:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from h2keep.errors import ConnectError, ReadError
+from h2keep.errors import ConnectError, H2KeepError, ReadError, WriteError
 from h2keep.runner import eventloop
 from h2keep.runner.upload import checked, pump
 
@@ -53,6 +53,9 @@ class _Feed:
         self._parker: eventloop.Parker | None = None
         #: The loop waits for a chunk.
         self._hungry = False
+        #: The request is on its connection. Before that the body is not touched: a request that can't be sent this way
+        #: may still be sent in another.
+        self.begun = False
         #: Nobody wants the rest.
         self.unwanted = False
 
@@ -84,23 +87,27 @@ class _Feed:
             self._parker.unpark()
 
     def __aiter__(self) -> _Feed:
+        self.begun = True
+        self._on_room()
         return self
 
     async def __anext__(self) -> bytes | memoryview:
         if self._parker is None:
             self._parker = eventloop.current().parker()
         while not self._chunks:
-            # In this order: what is pushed after the look at the queue finds us hungry.
+            # In this order: what is pushed after the look at the queue finds us hungry, and a body that was complete
+            # before that look has nothing more to push.
             self._hungry = True
+            complete = self._complete
             if self._chunks:
                 break
-            if self._complete:
+            if complete:
                 raise StopAsyncIteration
             await self._parker.park()
         chunk = self._chunks.popleft()
-        was_full = self.full
         self._taken += len(chunk)
-        if was_full and not self.full:
+        # Whether it was full before is the caller's to know: it may have become so a moment ago.
+        if not self.full:
             self._on_room()
         return chunk
 
@@ -240,15 +247,12 @@ class Exchange(ABC):
             self._waiting = False
             self._notify()
 
-    def _on_room(self) -> None:
-        if self._waiting:
-            self._waiting = False
-            self._notify()
-
     def _abandon(self) -> None:
+        if self._loop.dead:
+            return
         if self._scope is not None:
             self._scope.cancel()
-        if self._stream is not None and not self._loop.dead:
+        if self._stream is not None:
             self._stream.close()
 
     @abstractmethod
@@ -284,8 +288,12 @@ class Exchange(ABC):
                 self._loop.post(self._advance)
             return data
         if error is not None:
-            raise error.with_traceback(None)
+            raise _own(error)
         return b"" if ended else None
+
+    def give_up(self) -> None:
+        """Whoever has the response forgot it. From any thread, at any moment; takes no lock and doesn't wait."""
+        self._close()
 
     def _close(self) -> None:
         """Be done with it: what is still open is given up."""
@@ -296,6 +304,11 @@ class Exchange(ABC):
                 self._loop.post(self._abandon)
 
 
+def _own(error: BaseException) -> BaseException:
+    """The error without the background loop's frames, which say nothing; the user's own keep theirs."""
+    return error.with_traceback(None) if isinstance(error, H2KeepError) else error
+
+
 class BlockingExchange(Exchange):
     """An exchange whose caller is a thread."""
 
@@ -304,9 +317,9 @@ class BlockingExchange(Exchange):
         # A lock of its own for each exchange: one that an interrupted wait has left behind may still be released.
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._source: Iterator[Any] | None = None
+        self._source = body
+        self._iterator: Iterator[Any] | None = None
         if body is not None:
-            self._source = iter(body)
             self._feed = request.body = _Feed(self._loop, self._on_room)
 
     def response(self) -> None:
@@ -320,7 +333,7 @@ class BlockingExchange(Exchange):
                 if not self._pull():
                     self._wait(self._advance)
             if self.status is None and self.error is not None:
-                raise self.error.with_traceback(None)
+                raise _own(self.error)
         except BaseException:
             self.close()
             raise
@@ -358,6 +371,11 @@ class BlockingExchange(Exchange):
                 self._lock.acquire()
         self._waiting = False
 
+    def _on_room(self) -> None:
+        if self._waiting and self._source is not None:
+            self._waiting = False
+            self._notify()
+
     def _notify(self) -> None:
         # Nobody but the loop releases it, so it can't be released in between.
         if self._lock.locked():
@@ -366,7 +384,8 @@ class BlockingExchange(Exchange):
     # Uploading: the body's iterator runs in the caller's thread, whenever that has nothing better to do.
 
     def _can_pull(self) -> bool:
-        return self._source is not None and self._feed is not None and (self._feed.unwanted or not self._feed.full)
+        feed = self._feed
+        return self._source is not None and feed is not None and (feed.unwanted or (feed.begun and not feed.full))
 
     def _pull(self) -> bool:
         """Pull a chunk of the body if there is room; whether anything was done."""
@@ -377,8 +396,10 @@ class BlockingExchange(Exchange):
         if self._feed.unwanted:
             self._drop_source()
             return True
+        if self._iterator is None:
+            self._iterator = iter(self._source)
         try:
-            chunk = next(self._source)
+            chunk = next(self._iterator)
         except StopIteration:
             self._source = None
             self._feed.finish()
@@ -388,10 +409,10 @@ class BlockingExchange(Exchange):
         return True
 
     def _drop_source(self) -> None:
-        source, self._source = self._source, None
-        if isinstance(source, GeneratorType):
+        iterator, self._iterator, self._source = self._iterator, None, None
+        if isinstance(iterator, GeneratorType):
             # Let its finally blocks run here and now.
-            source.close()
+            iterator.close()
 
 
 class AwaitableExchange(Exchange):
@@ -402,6 +423,8 @@ class AwaitableExchange(Exchange):
         self._caller = eventloop.current()
         self._parker = self._caller.parker()
         self._pump_parker = self._caller.parker()
+        #: Set by the pump, cleared by whoever wakes it.
+        self._pump_waits = False
         self._pump_scope: anyio.CancelScope | None = None
         self._body = body
         if body is not None:
@@ -417,7 +440,7 @@ class AwaitableExchange(Exchange):
                 await self._wait(job)
                 job = self._advance
             if self.status is None and self.error is not None:
-                raise self.error.with_traceback(None)
+                raise _own(self.error)
         except BaseException:
             self.close()
             raise
@@ -451,7 +474,9 @@ class AwaitableExchange(Exchange):
         self._tell(self._parker)
 
     def _on_feed_room(self) -> None:
-        self._tell(self._pump_parker)
+        if self._pump_waits:
+            self._pump_waits = False
+            self._tell(self._pump_parker)
 
     def _tell(self, parker: eventloop.Parker) -> None:
         try:
@@ -469,8 +494,17 @@ class AwaitableExchange(Exchange):
             if self._closed:
                 return
             try:
-                await pump(self._body, self)
-            except anyio.get_cancelled_exc_class():
+                assert self._feed is not None
+                feed = self._feed
+                await self._pump_until(lambda: feed.begun or feed.unwanted)
+                if not feed.unwanted:
+                    await pump(self._body, self)
+            except anyio.get_cancelled_exc_class() as cancelled:
+                if not self._pump_scope.cancel_called:
+                    # As in `Http2Stream.pump`.
+                    failure = WriteError("the body's iterator was cancelled")
+                    failure.__cause__ = cancelled
+                    self._loop.post(functools.partial(self._upload_failed, failure))
                 raise
             except BaseException as error:  # noqa: BLE001
                 # A KeyboardInterrupt from the user's iterator belongs to the user's task too.
@@ -486,7 +520,16 @@ class AwaitableExchange(Exchange):
         """Sink."""
         assert self._feed is not None
         self._feed.push(chunk)
-        while self._feed.full and self.wanted():
+        feed = self._feed
+        await self._pump_until(lambda: not feed.full or feed.unwanted)
+
+    async def _pump_until(self, condition: Callable[[], bool]) -> None:
+        while True:
+            # In this order: what happens after the look finds us waiting.
+            self._pump_waits = True
+            if condition():
+                self._pump_waits = False
+                return
             await self._pump_parker.park()
 
     def wanted(self) -> bool:

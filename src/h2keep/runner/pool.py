@@ -595,6 +595,16 @@ class Pool:
         for connection in self._states:
             connection.reap(reason)
 
+    def close_idle(self) -> None:
+        """Close the connections on which no request is open or unread."""
+        for connection in list(self._idle):
+            connection.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open, unread, or waiting for a connection."""
+        return len(self._idle) < len(self._states) or any(state.waiting for state in self._origins.values())
+
     @property
     def left_open(self) -> bool:
         """Whether there are connections, or were when the event loop ended, that nobody has closed."""

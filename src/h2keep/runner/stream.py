@@ -6,6 +6,7 @@ The connection fills it; only the requesting task (and the task that pumps its b
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import anyio
@@ -144,6 +145,14 @@ class Http2Stream:
         if self._upload_scope is not None:
             self._upload_scope.cancel()
         self._connection.release(self)
+
+    def give_up(self) -> None:
+        """Whoever has the response forgot it. From any thread, at any moment; takes no lock and doesn't wait."""
+        # After an error nothing is open; and after a fork or its loop's end there is one.
+        if not self._released and self.error is None:
+            # RuntimeError: the loop has ended, and the stream with it.
+            with contextlib.suppress(RuntimeError):
+                self._connection.loop.call_from_thread(self.close)
 
     def _raise_failure(self) -> None:
         if self._upload_failure is not None:
