@@ -225,9 +225,9 @@ async def test_errors_reach_the_user_untouched(sdk: Sdk, status: int, name: str)
 async def test_k3_an_answer_that_is_silent_longer_than_the_path_remembers(
     sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext
 ) -> None:
-    with forgetful(granian.url, forget_after=0.8) as relay:
+    with forgetful(granian.url, forget_after=1.0) as relay:
         async with sdk.client(relay.url, verify=client_ssl, keepalive=QUICK) as client:
-            assert sdk.text(await sdk.create(client, **sdk.silent_for(1.8))) == ANSWER
+            assert sdk.text(await sdk.create(client, **sdk.silent_for(2.0))) == ANSWER
             assert not relay.seen(FlowForgotten)
 
 

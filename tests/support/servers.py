@@ -17,6 +17,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,18 @@ class Server:
         """Ask it to end in good order; it may wait for its connections first."""
         for process in self.processes:
             process.terminate()
+
+    def freeze(self) -> None:
+        """Stop it in its tracks: its sockets stay open, but nobody is there any more."""
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """End it at once; the kernel closes its sockets."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        self.wait_stopped()
 
     def wait_stopped(self) -> None:
         """Wait until it has ended."""
