@@ -22,7 +22,7 @@ from h2keep.protocol.flow import (
     GrowthBudget,
     ReceiveWindow,
 )
-from support.pair import Pair
+from support.pair import REQUEST, Pair, parse_frames
 
 OFF = Keepalive(read_idle_timeout=None)
 
@@ -151,6 +151,24 @@ def test_k23_more_than_100_interim_responses_reset_the_stream() -> None:
     assert pair.failure(other) is None
 
 
+def test_k23_header_blocks_of_64_kib_are_taken() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    block = b"\x88" + b"\0\1a" + bytes(hpack.hpack.encode_integer(65_400, 7)) + b"x" * 65_400
+    assert len(block) <= 65_536
+    parts = [block[start : start + 16_000] for start in range(0, len(block), 16_000)]
+    pair.server_send_raw(
+        frame(frames.HeadersFrame, stream_id, "END_STREAM", data=parts[0])
+        + b"".join(frame(frames.ContinuationFrame, stream_id, data=part) for part in parts[1:])
+        + frame(frames.ContinuationFrame, stream_id, "END_HEADERS", data=b"")
+    )
+    pair.run(0.1)
+    (response,) = pair.happened(events.ResponseReceived)
+    assert isinstance(response, events.ResponseReceived)
+    assert response.headers == [(b"a", b"x" * 65_400)]
+
+
 def test_k23_header_blocks_are_bounded_in_bytes() -> None:
     pair = Pair(OFF)
     stream_id = pair.request()
@@ -171,6 +189,9 @@ def test_k23_header_blocks_are_bounded_in_continuations() -> None:
     pair.server_send_raw(
         frame(frames.HeadersFrame, stream_id, data=b"") + frame(frames.ContinuationFrame, stream_id, data=b"") * 64
     )
+    pair.run(0.1)
+    assert not pair.client.closed
+    pair.server_send_raw(frame(frames.ContinuationFrame, stream_id, data=b""))
     pair.run(0.1)
     assert goaway_codes(pair) == [0xB]
 
@@ -381,6 +402,102 @@ def test_a_malformed_response_fails_its_stream_alone(fields: list[tuple[str, str
     pair.respond(other, b"unharmed")
     pair.run(0.1)
     assert pair.client.read(other, pair.now) == b"unharmed"
+
+
+@pytest.mark.parametrize(
+    ("declared", "frames_after_head", "whole"),
+    [
+        pytest.param("5", [], False, id="no-body"),
+        pytest.param("0", [], True, id="no-body-declared"),
+        pytest.param("5", [b"abc", "trailers"], False, id="short-with-trailers"),
+        pytest.param("5", [b"abcde", "trailers"], True, id="whole-with-trailers"),
+        pytest.param(None, [b"abc", "trailers"], True, id="undeclared-with-trailers"),
+    ],
+)
+def test_a_body_that_ends_with_header_fields_must_have_its_length_too(
+    declared: str | None, frames_after_head: list[bytes | str], *, whole: bool
+) -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    out: list[frames.Frame] = []
+    pair.on_client_bytes = lambda data: out.extend(parse_frames(data))
+    fields = [(":status", "200"), *([("content-length", declared)] if declared else [])]
+    pair.server.send_headers(stream_id, fields, end_stream=not frames_after_head)
+    for part in frames_after_head:
+        if isinstance(part, bytes):
+            pair.server.send_data(stream_id, part)
+        else:
+            pair.server.send_headers(stream_id, [("x-sum", "1")], end_stream=True)
+    pair.run(0.1)
+    error = pair.failure(stream_id)
+    assert bool(pair.happened(events.StreamEnded)) is whole
+    assert isinstance(error, RemoteProtocolError) is not whole
+    assert [type(frame) for frame in out] == ([] if whole else [frames.RstStreamFrame])
+    assert pair.client.open_streams == 0
+
+
+@pytest.mark.parametrize("method", [b"HEAD", b"GET"])
+@pytest.mark.parametrize("ending", ["head", "data"])
+def test_a_length_without_a_body_is_fine_where_no_body_comes(method: bytes, ending: str) -> None:
+    pair = Pair(OFF)
+    stream_id = pair.client.send_request([(b":method", method), *REQUEST[1:]], pair.now)
+    pair.run(0.1)
+    fields = [(":status", "200" if method == b"HEAD" else "304"), ("content-length", "500")]
+    pair.server.send_headers(stream_id, fields, end_stream=ending == "head")
+    if ending == "data":
+        pair.server.send_data(stream_id, b"", end_stream=True)
+    pair.run(0.1)
+    assert pair.failure(stream_id) is None
+    assert pair.happened(events.StreamEnded)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it answers in HTTP/1.1"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "its first frame is not SETTINGS"),
+        (frame(frames.PingFrame, 0, opaque_data=b"12345678"), "its first frame is not SETTINGS"),
+        (frame(frames.SettingsFrame, 0, "ACK"), "its first frame is not SETTINGS"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 100])
+def test_what_does_not_begin_with_settings_is_not_http_2(raw: bytes, reason: str, size: int) -> None:
+    client = Connection(OFF, random.Random(), 0.0, name="https://example.com")
+    for start in range(0, len(raw), size):
+        client.receive_data(raw[start : start + size], 0.0)
+    assert str(client.error) == f"https://example.com: the server broke HTTP/2: {reason}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"\0\0\7\6\0\0\0\0\0" + b"x" * 7, id="ping"),
+        pytest.param(b"\0\0\5\4\0\0\0\0\0" + b"x" * 5, id="settings"),
+        pytest.param(b"\0\0\3\3\0\0\0\0\1" + b"x" * 3, id="rst-stream"),
+        pytest.param(b"\0\0\5\x08\0\0\0\0\0" + b"x" * 5, id="window-update"),
+        pytest.param(b"\0\0\7\7\0\0\0\0\0" + b"x" * 7, id="goaway"),
+    ],
+)
+def test_frames_of_a_wrong_length_are_frame_size_errors(raw: bytes) -> None:
+    pair = Pair(OFF)
+    pair.request()
+    pair.run(0.1)
+    pair.server_send_raw(raw)
+    pair.run(0.1)
+    assert goaway_codes(pair) == [6]
+
+
+def test_settings_that_nobody_knows_are_not_kept() -> None:
+    pair = Pair(OFF)
+    pair.run(0.1)
+    for start in range(100, 60_000, 2_000):
+        body = b"".join(code.to_bytes(2, "big") + b"\0\0\0\1" for code in range(start, start + 2_000))
+        pair.server_send_raw(len(body).to_bytes(3, "big") + b"\4\0\0\0\0\0" + body)
+    pair.server_send_raw(b"\0\0\x0c\4\0\0\0\0\0" + b"\0\3\0\0\0\7" + b"\4\3\0\0\0\1")
+    pair.run(0.1)
+    assert pair.client.max_streams == 7
+    assert len(pair.client._engine._h2.remote_settings) < 10  # type: ignore[attr-defined]
 
 
 def test_a_body_before_the_head_resets_the_stream() -> None:

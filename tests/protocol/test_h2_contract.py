@@ -151,11 +151,10 @@ def test_hpack_tables_tell_of_every_change() -> None:
         for fields in lists:
             sensitive = [hpack.NeverIndexedHeaderTuple(*field) if field[0] == b"cookie" else field for field in fields]
             block = encoder.block(fields)
-            assert block == plain.encode(sensitive)
+            assert block == plain.encode(sensitive, huffman=fields[-1][0] != b"big")
             assert [tuple(field) for field in decoder.fields(block).fields] == fields
         for table in (encoder, plain):
             table.header_table_size = 4_096 - 1_000 * round_
-        encoder.limit_table()
     assert isinstance(encoder.header_table, HeaderTable)
 
 
@@ -179,6 +178,87 @@ def test_a_peer_that_allows_a_huge_table_gets_a_small_one() -> None:
     encoder, decoder = Encoder(), Decoder(65_536)
     decoder.max_allowed_table_size = 1_000_000
     encoder.header_table_size = 1_000_000
-    encoder.limit_table()
     assert encoder.header_table_size == 4_096
     assert decoder.fields(encoder.block([(b"a", b"1")])).fields == [(b"a", b"1")]
+
+
+def test_a_table_size_that_is_named_twice_is_announced_all_the_same() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    fields = [(b"a", b"1"), (b"b", b"2")]
+    assert decoder.fields(encoder.block(fields)).fields == fields
+    encoder.header_table_size = encoder.header_table_size = 40
+    assert decoder.fields(encoder.block(fields)).fields == fields
+    decoder.max_allowed_table_size = 40
+    assert decoder.header_table_size == 40
+    assert decoder.fields(encoder.block(fields)).fields == fields
+
+
+@pytest.mark.parametrize(
+    ("sizes", "announced"),
+    [
+        ([4_096], []),
+        ([65_536], []),
+        ([100], [100]),
+        ([100, 100], [100]),
+        ([100, 4_096], [100, 4_096]),
+        ([100, 50, 4_096, 200], [50, 200]),
+        ([0, 65_536, 4_096], [0, 4_096]),
+        ([200, 100, 0], [0]),
+    ],
+)
+def test_the_smallest_and_the_last_size_of_the_table_are_announced(sizes: list[int], announced: list[int]) -> None:
+    encoder, plain = Encoder(), hpack.Encoder()
+    encoder.block([(b"a", b"1")])
+    plain.encode([(b"a", b"1")])
+    for size in sizes:
+        encoder.header_table_size = size
+    prefix = b"".join(
+        bytes([hpack.hpack.encode_integer(size, 5)[0] | 0x20]) + bytes(hpack.hpack.encode_integer(size, 5)[1:])
+        for size in announced
+    )
+    block = encoder.block([(b":status", b"200")])
+    assert block == prefix + b"\x88"
+    assert encoder.block([(b":status", b"200")]) == b"\x88"  # once
+
+
+@pytest.mark.parametrize("name", [b"authorization", b"proxy-authorization", b"cookie"])
+def test_secrets_are_never_indexed(name: bytes) -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    fields = [(b":method", b"GET"), (name, b"Basic c2VjcmV0")]
+    for _ in range(3):
+        block = encoder.block(fields)
+        decoded = decoder.fields(block).fields
+        assert decoded == fields
+        assert not decoded[1].indexable
+    assert not encoder.header_table.dynamic_entries
+    assert encoder.block(fields) is block  # yet remembered
+
+
+def test_long_cookies_are_indexed() -> None:
+    encoder = Encoder()
+    encoder.block([(b"cookie", b"x" * 20)])
+    assert list(encoder.header_table.dynamic_entries) == [(b"cookie", b"x" * 20)]
+
+
+def test_long_blocks_are_not_remembered() -> None:
+    decoder = Decoder(65_536)
+    for length, remembered in ((900, True), (2_000, False)):
+        block = hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(b"a", b"x" * length)], huffman=False)
+        assert (decoder.fields(block) is decoder.fields(block)) is remembered
+
+
+def test_huge_values_are_not_huffman_coded() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    fields = [(b"a", b"x" * 60_000)]
+    block = encoder.block(fields)
+    assert len(block) > 60_000
+    assert decoder.fields(block).fields == fields
+
+
+def test_h2_tells_what_length_was_declared_and_what_came(client: h2.connection.H2Connection) -> None:
+    stream = client.streams[1]
+    stream.receive_headers([(b":status", b"200"), (b"content-length", b"3")], False, None)
+    stream.receive_data(b"ab", False, 2)
+    assert (stream._expected_content_length, stream._actual_content_length) == (3, 2)
+    # This is why the engine looks itself.
+    stream.receive_headers([(b"x", b"y")], True, None)

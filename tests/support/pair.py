@@ -15,6 +15,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+from hyperframe import frame as frames
 
 from h2keep.keepalive import Keepalive
 from h2keep.protocol import Connection, events
@@ -67,7 +68,10 @@ class Pair:
         self.server_events: list[h2.events.Event] = []
         self.pings: list[float] = []
         self.on_server_event: Callable[[h2.events.Event], None] = lambda event: None
+        self.on_client_bytes: Callable[[bytes], None] = lambda data: None
         self.dropping = False
+        #: The client's socket takes no more bytes.
+        self.blocked = False
         self.server_reads = True
         self.steps = 0
         self.pump()
@@ -82,10 +86,11 @@ class Pair:
 
     def pump(self) -> None:
         """Put on the wire what both ends have to send."""
-        while self.client.has_data_to_send():
+        while not self.blocked and self.client.has_data_to_send():
             data = self.client.data_to_send(self.write_limit, self.now)
             if not data:
                 break
+            self.on_client_bytes(data)
             self._send(self.to_server, data)
         self._drain_events()
         self._send(self.to_client, self.server.data_to_send())
@@ -188,3 +193,15 @@ class Pair:
             if isinstance(event, events.StreamFailed) and event.stream_id == stream_id:
                 return event.error
         return None
+
+
+def parse_frames(data: bytes) -> list[frames.Frame]:
+    """The frames that whole output consists of, after the connection's preface if it is there."""
+    data = data.removeprefix(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    view, parsed = memoryview(data), []
+    while view:
+        frame, length = frames.Frame.parse_frame_header(view[:9])
+        frame.parse_body(view[9 : 9 + length])
+        parsed.append(frame)
+        view = view[9 + length :]
+    return parsed

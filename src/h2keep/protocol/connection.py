@@ -13,6 +13,7 @@ A connection that is over accepts every call and answers with nothing.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,7 @@ class Connection:
         self._replies = 0
         self._replies_since: float | None = None
         self._timeouts_in_row = 0
+        self._punished = False
         self._settings_sent_at: float | None = None
         self._now = now
 
@@ -262,7 +264,7 @@ class Connection:
     def await_data(self, stream_id: int, now: float) -> None:
         """The application waits on this stream with nothing buffered: its read clock runs (K21)."""
         stream = self._streams.get(stream_id)
-        if stream is not None and stream.open:
+        if stream is not None and stream.open and not stream.buffer:
             stream.reading_since = now
             if stream.read_timeout is not None:
                 self._alarms.arm(stream)
@@ -275,8 +277,7 @@ class Connection:
         if stream.open:
             self.reset_stream(stream_id, ErrorCode.CANCEL, now)
         else:
-            del self._streams[stream_id]
-            self._unread -= len(stream.buffer)
+            self._forget(stream)
 
     def reset_stream(self, stream_id: int, error_code: int, now: float) -> None:
         """Abandon a stream: RST_STREAM if the peer knows it, nothing if it was never sent; what waits is dropped.
@@ -284,16 +285,10 @@ class Connection:
         The response to a complete upload that ended before is no longer open and isn't touched.
         """
         stream = self._streams.get(stream_id)
-        if stream is None or not stream.open or self.closed:
-            return
-        if stream.sent_at is not None:
-            # After the response's end only our own half is open: the peer has no more use for it.
-            self._engine.send_reset(stream_id, ErrorCode.NO_ERROR if stream.ended else error_code)
-            self._control_queued = True
-            if not stream.ended:
-                self._suspect(stream.sent_at, now)
-        self._close_stream(stream)
-        self._forget(stream)
+        if stream is not None and stream.open:
+            self._abandon(stream, error_code, now)
+            self._close_stream(stream)
+            self._forget(stream)
 
     def ping(self, now: float) -> bool:
         """A user's PING: True if it was queued, False if it joined the outstanding one (K3)."""
@@ -351,14 +346,13 @@ class Connection:
         self._now = now
         try:
             self._engine.receive(data)
+            if self._credit_due >= _CREDIT_BATCH:
+                self._engine.send_window_update(0, self._credit_due)
+                self._credit_due = 0
+                self._note_reply()
         except RemoteProtocolError as error:
             self._control_queued = True
             self._end(_named(self.name, error), now)
-            return
-        if self._credit_due >= _CREDIT_BATCH:
-            self._engine.send_window_update(0, self._credit_due)
-            self._credit_due = 0
-            self._note_reply()
 
     def receive_eof(self, now: float, cause: Exception | None = None) -> None:
         """The transport ended: EOF, or `cause`."""
@@ -389,7 +383,7 @@ class Connection:
 
     def on_informational(self, stream_id: int, status: int, headers: Headers) -> None:
         """EngineHandler."""
-        stream = self._streams[stream_id]
+        stream = self._progress(stream_id)
         stream.informational += 1
         if stream.informational > _MAX_INFORMATIONAL:
             self._refuse(stream, f"more than {_MAX_INFORMATIONAL} interim responses")
@@ -399,6 +393,7 @@ class Connection:
     def on_response(self, stream_id: int, status: int, headers: Headers, end_stream: bool) -> None:
         """EngineHandler."""
         stream = self._progress(stream_id)
+        stream.reading_since = None
         stream.response_seen = True
         self._events.append(events.ResponseReceived(stream_id, status, headers))
         if end_stream:
@@ -411,8 +406,9 @@ class Connection:
     def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
         """EngineHandler."""
         self._credit_due += flow_length
-        stream = self._progress(stream_id) if data else self._streams[stream_id]
+        stream = self._progress(stream_id)
         if data:
+            stream.reading_since = None
             stream.empty_frames = 0
             if not stream.buffer:
                 self._events.append(events.DataReceived(stream_id))
@@ -429,16 +425,13 @@ class Connection:
     def on_discarded(self, flow_length: int) -> None:
         """EngineHandler."""
         self._credit_due += flow_length
+        self._timeouts_in_row = 0
+        self.keepalive.note_progress()
 
     def on_reset(self, stream_id: int, error_code: int) -> None:
         """EngineHandler."""
         stream = self._streams.get(stream_id)
         if stream is None or not stream.open:
-            return
-        if stream.ended:
-            # The response was complete; the server merely doesn't want the rest of the body (RFC 9113, 8.1).
-            self._close_stream(stream)
-            self._events.append(events.BodyRoom(stream_id))
             return
         refused = error_code == ErrorCode.REFUSED_STREAM and not (stream.response_seen or stream.informational)
         text = f"{self.name}: the server reset the stream with error code {_code(error_code)}"
@@ -462,6 +455,11 @@ class Connection:
         # Initial windows may have opened; SETTINGS are rare enough to look at every stream.
         for stream in self._streams.values():
             self._outbox.wake(stream)
+        if self.open_streams > self.max_streams:
+            on_wire = sum(stream.open and stream.fields is None for stream in self._streams.values())
+            self._outbox.allowance = self.max_streams - on_wire
+        else:
+            self._outbox.allowance = math.inf
 
     def on_settings_acknowledged(self) -> None:
         """EngineHandler."""
@@ -486,17 +484,25 @@ class Connection:
 
     def on_goaway(self, last_stream_id: int, error_code: int, debug_data: bytes) -> None:
         """EngineHandler."""
-        if self.goaway is not None:
-            last_stream_id = min(last_stream_id, self.goaway.last_stream_id)
-        calm = error_code == ErrorCode.ENHANCE_YOUR_CALM and self.keepalive.note_calm(debug_data)
+        before = self.goaway
+        if before is not None:
+            last_stream_id = min(last_stream_id, before.last_stream_id)
+        # Said twice it is still one punishment: the PINGs in question were the same.
+        calm = error_code == ErrorCode.ENHANCE_YOUR_CALM and not self._punished and self.keepalive.note_calm(debug_data)
+        self._punished = self._punished or calm
         self.goaway = events.GoAwayReceived(last_stream_id, error_code, debug_data, calm, self._now)
         self.keepalive.note_going_away()
         self._events.append(self.goaway)
+        if before is not None and last_stream_id == before.last_stream_id:
+            return
         text = (
             f"{self.name}: the server is closing the connection (GOAWAY, error code {_code(error_code)}, "
             f"{debug_data!r}) and did not process the request, which can be sent again"
         )
-        for stream in [stream for stream in self._streams.values() if stream.id > last_stream_id and stream.open]:
+        for stream in [stream for stream in self._streams.values() if stream.open]:
+            # What wasn't sent yet must not be sent any more, whatever the server still allows (RFC 9113, section 6.8).
+            if stream.id <= last_stream_id and stream.fields is None:
+                continue
             if stream.fields is None:
                 self._engine.forget(stream.id)
             error = ConnectionGoingAway(
@@ -512,15 +518,13 @@ class Connection:
         """HEADERS or DATA came on this stream."""
         self._timeouts_in_row = 0
         self.keepalive.note_progress()
-        stream = self._streams[stream_id]
-        stream.reading_since = None
-        return stream
+        return self._streams[stream_id]
 
     def _consume(self, stream: Stream, amount: int, now: float) -> None:
         increment = stream.window.consume(amount, now, self.keepalive.rtt_best)
         if increment and stream.open and not stream.ended:
             self._engine.send_window_update(stream.id, increment)
-            self._control_queued = True
+            self._count_reply(now)
 
     def _end_response(self, stream: Stream, trailers: Headers) -> None:
         stream.ended = True
@@ -532,6 +536,11 @@ class Connection:
     def _close_stream(self, stream: Stream) -> None:
         """The stream no longer counts; bytes that wait on it can still be read."""
         stream.open = False
+        outbox = self._outbox
+        if outbox.allowance is not math.inf:
+            outbox.allowance += stream.fields is None
+            if self.open_streams - 1 <= self.max_streams:
+                outbox.allowance = math.inf
         stream.chunks.clear()
         stream.queued = 0
         stream.window.release()
@@ -542,11 +551,25 @@ class Connection:
 
     def _forget(self, stream: Stream) -> None:
         self._unread -= len(stream.buffer)
+        # An alarm that was set may hold the stream for long, but nobody reads these bytes any more.
+        stream.buffer = b""
         del self._streams[stream.id]
 
     def _fail_stream(self, stream: Stream, error: H2KeepError) -> None:
+        """The stream is over. If its response was complete, it stands, and merely the rest of the body isn't wanted."""
         self._close_stream(stream)
-        self._events.append(events.StreamFailed(stream.id, error))
+        event = events.BodyRoom(stream.id) if stream.ended else events.StreamFailed(stream.id, error)
+        self._events.append(event)
+
+    def _abandon(self, stream: Stream, error_code: int, now: float) -> None:
+        """Tell the peer, if it knows the stream, that we are done with it."""
+        if stream.sent_at is None:
+            return
+        # After the response's end only our own half is open: the peer has no more use for it.
+        self._engine.send_reset(stream.id, ErrorCode.NO_ERROR if stream.ended else error_code)
+        self._control_queued = True
+        if not stream.ended:
+            self._suspect(stream.sent_at, now)
 
     def _refuse(self, stream: Stream, reason: str) -> None:
         """The peer misbehaves on one stream (K23)."""
@@ -566,16 +589,21 @@ class Connection:
         self._events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
         return True
 
-    def _note_reply(self) -> None:
-        """A reply was queued; too many unsent ones end the connection (K23; 1,000 of the largest are 17 KB)."""
+    def _count_reply(self, now: float) -> None:
         self._control_queued = True
         self._replies += 1
         if self._replies_since is None:
-            self._replies_since = self._now
-        if self._replies > _MAX_REPLIES and not self.closed:
+            self._replies_since = now
+
+    def _note_reply(self) -> None:
+        """A reply was queued; too many unsent ones end the connection (K23; 1,000 of the largest are 17 KB).
+
+        Raises `RemoteProtocolError` then, which also stops the engine where it is: what follows would find no streams.
+        """
+        self._count_reply(self._now)
+        if self._replies > _MAX_REPLIES:
             self._engine.send_goaway(ErrorCode.ENHANCE_YOUR_CALM, b"")
-            error = RemoteProtocolError(f"{self.name}: the server asks for replies faster than it takes them")
-            self._end(error, self._now)
+            raise RemoteProtocolError("the server asks for replies faster than it takes them")
 
     def _stuck_deadline(self) -> float | None:
         if self._replies_since is None:
@@ -586,6 +614,7 @@ class Connection:
         return self._replies_since + policy.read_idle_timeout + policy.ping_timeout
 
     def _time_out(self, stream: Stream, now: float) -> None:
+        """A clock of the stream has run out; what is buffered can still be read."""
         read = stream.read_deadline()
         error: H2KeepError
         if read is not None and read <= now:
@@ -595,14 +624,15 @@ class Connection:
         else:
             text = f"{self.name}: the {self._obstacle(stream)} took no bytes within {stream.write_timeout} s"
             error = WriteTimeout(text, unprocessed=stream.fields is not None)
-        self._timeouts_in_row += 1
-        if self._timeouts_in_row >= _TIMEOUTS_TO_RETIRE:
-            self.retired = True
-        stream_id = stream.id
-        self.reset_stream(stream_id, ErrorCode.CANCEL, now)
-        self._events.append(events.StreamFailed(stream_id, error))
+        if not stream.ended:
+            self._timeouts_in_row += 1
+            self.retired = self.retired or self._timeouts_in_row >= _TIMEOUTS_TO_RETIRE
+        self._abandon(stream, ErrorCode.CANCEL, now)
+        self._fail_stream(stream, error)
 
     def _obstacle(self, stream: Stream) -> str:
+        if stream.fields is not None and self._outbox.allowance <= 0:
+            return "server, which lowered its limit of concurrent streams,"
         if stream.fields is None and stream.queued:
             if self._engine.send_window(stream.id) <= 0:
                 return "stream's flow-control window"
@@ -630,12 +660,9 @@ class Connection:
         """The connection is over: its open streams fail, each in its own right (K8)."""
         self.closed = True
         self.error = None if in_order else error
+        self._held_slots = 0
         for stream in [stream for stream in self._streams.values() if stream.open]:
-            if stream.ended:
-                self._close_stream(stream)
-                self._events.append(events.BodyRoom(stream.id))
-            else:
-                self._fail_stream(stream, error.for_request(unprocessed=stream.fields is not None))
+            self._fail_stream(stream, error.for_request(unprocessed=stream.fields is not None))
         self.keepalive.close()
         self._events.append(events.ConnectionClosed(self.error, now))
 

@@ -18,22 +18,29 @@ __all__ = ["Engine", "EngineHandler", "ErrorCode"]
 
 
 class ErrorCode:
-    """The error codes that h2keep itself sends or acts on (RFC 9113, section 7)."""
+    """The error codes of RFC 9113, section 7."""
 
     NO_ERROR = 0x0
     PROTOCOL_ERROR = 0x1
     INTERNAL_ERROR = 0x2
     FLOW_CONTROL_ERROR = 0x3
+    SETTINGS_TIMEOUT = 0x4
     STREAM_CLOSED = 0x5
+    FRAME_SIZE_ERROR = 0x6
     REFUSED_STREAM = 0x7
     CANCEL = 0x8
+    COMPRESSION_ERROR = 0x9
+    CONNECT_ERROR = 0xA
     ENHANCE_YOUR_CALM = 0xB
+    INADEQUATE_SECURITY = 0xC
+    HTTP_1_1_REQUIRED = 0xD
 
 
 class EngineHandler(Protocol):
     """What an engine reports while it parses, frame by frame.
 
-    None of these raises, and none calls back into `Engine.receive`.
+    A `RemoteProtocolError` that one of these raises ends the connection: the engine stops there and passes it on. None
+    calls back into `Engine.receive`.
     """
 
     def on_informational(self, stream_id: int, status: int, headers: Headers) -> None:
@@ -49,7 +56,7 @@ class EngineHandler(Protocol):
         """DATA came on an open stream, after its head; `flow_length` counts padding too."""
 
     def on_discarded(self, flow_length: int) -> None:
-        """DATA came for a stream that is gone: only its connection credit matters."""
+        """DATA or (0) HEADERS came for a stream that is gone: only the connection's credit matters."""
 
     def on_reset(self, stream_id: int, error_code: int) -> None:
         """The peer reset an open stream."""

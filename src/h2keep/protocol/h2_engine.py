@@ -56,6 +56,9 @@ _PRIORITY = 0x20
 # PRIORITY, ALTSVC and extension frames ask nothing of a client and are skipped (RFC 9113, section 5.5).
 _UNDERSTOOD = frozenset(range(10)) - {2}
 
+_KNOWN_SETTINGS = frozenset(h2.settings.SettingCodes)
+_NOT_MODIFIED = 304
+
 _Inputs = h2.stream.StreamInputs
 _SEND_HEADERS, _SEND_DATA, _SEND_END = _Inputs.SEND_HEADERS, _Inputs.SEND_DATA, _Inputs.SEND_END_STREAM
 
@@ -72,6 +75,7 @@ class H2Engine:
     def __init__(self, handler: EngineHandler, *, initial_window: int, connection_window: int) -> None:
         self._handler = handler
         self._partial = b""
+        self._greeted = False
         self._out = b""
         # The header block that is being assembled: its stream, whether it ends it, and its parts.
         self._block_stream = 0
@@ -118,16 +122,27 @@ class H2Engine:
         if self._partial:
             data = self._partial + data
         start, end = 0, len(data)
+        if not self._greeted and end >= 9:
+            self._greet(data)
         while end - start >= 9:
             high, low, kind, flags, stream_id = _HEADER.unpack_from(data, start)
             length = (high << 8) | low
             if length > _MAX_FRAME_SIZE:
-                self._fail(6, f"a frame of {length} bytes, above the limit of {_MAX_FRAME_SIZE}")  # FRAME_SIZE_ERROR
+                reason = f"a frame of {length} bytes, above the limit of {_MAX_FRAME_SIZE}"
+                self._fail(ErrorCode.FRAME_SIZE_ERROR, reason)
             if end - start < 9 + length:
                 break
             self._receive_frame(kind, flags, stream_id & 0x7FFF_FFFF, data[start + 9 : start + 9 + length])
             start += 9 + length
         self._partial = data[start:]
+
+    def _greet(self, data: bytes) -> None:
+        """The first frame must be SETTINGS (RFC 9113, section 3.4)."""
+        if data.startswith(b"HTTP/1."):
+            self._fail(ErrorCode.PROTOCOL_ERROR, "it answers in HTTP/1.1")
+        if data[3] != _SETTINGS or data[4] & _ACK:
+            self._fail(ErrorCode.PROTOCOL_ERROR, "its first frame is not SETTINGS")
+        self._greeted = True
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, body: bytes) -> None:
         if self._block_stream and (kind != _CONTINUATION or stream_id != self._block_stream):
@@ -184,7 +199,7 @@ class H2Engine:
             self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
         parts = self._block_parts
         parts.append(body)
-        if len(parts) > _MAX_CONTINUATIONS or sum(map(len, parts)) > _MAX_HEADER_BLOCK:
+        if len(parts) > 1 + _MAX_CONTINUATIONS or sum(map(len, parts)) > _MAX_HEADER_BLOCK:
             self._fail(
                 ErrorCode.ENHANCE_YOUR_CALM,
                 f"a header block above {_MAX_HEADER_BLOCK} bytes or {_MAX_CONTINUATIONS} CONTINUATIONs",
@@ -202,14 +217,18 @@ class H2Engine:
         except hpack.OversizedHeaderListError as error:
             self._fail(ErrorCode.ENHANCE_YOUR_CALM, f"more header fields than allowed: {error}", error)
         except hpack.HPACKError as error:
-            self._fail(9, f"a header block that can't be decoded: {error}", error)  # COMPRESSION_ERROR
+            self._fail(ErrorCode.COMPRESSION_ERROR, f"a header block that can't be decoded: {error}", error)
 
     def _receive_headers(self, stream_id: int, block: bytes) -> None:
         decoded = self._decode(block)
         end_stream = self._block_ends
+        stream = self._streams[stream_id]
+        declared = stream._expected_content_length  # noqa: SLF001
         try:
-            event = self._streams[stream_id].receive_headers(decoded.fields, end_stream, None)[1][0]
+            event = stream.receive_headers(decoded.fields, end_stream, None)[1][0]
             self._validate(decoded, event)
+            if end_stream:
+                self._check_length(stream, decoded, event, declared)
         except h2.exceptions.StreamClosedError as error:
             self._fail(int(error.error_code), _reason(error), error)
         except h2.exceptions.ProtocolError as error:
@@ -223,6 +242,9 @@ class H2Engine:
         # Validated: `:status` comes first and is the only pseudo-field.
         status, fields = int(decoded.fields[0][1]), decoded.fields[1:]
         if isinstance(event, h2.events.ResponseReceived):
+            if status == _NOT_MODIFIED:
+                # Its Content-Length is that of a body that doesn't come (RFC 9113, section 8.1.1).
+                stream._expected_content_length = 0  # noqa: SLF001
             self._handler.on_response(stream_id, status, fields, end_stream)
         else:
             self._handler.on_informational(stream_id, status, fields)
@@ -242,13 +264,27 @@ class H2Engine:
             raise h2.exceptions.ProtocolError(f"Invalid :status {decoded.fields[0][1]!r}")
         decoded.valid_as.add(kind)
 
+    def _check_length(
+        self, stream: h2.stream.H2Stream, decoded: DecodedBlock, event: h2.events.Event, declared: int | None
+    ) -> None:
+        """A body that ends with header fields must have its declared length too; h2 looks at DATA frames alone."""
+        if isinstance(event, h2.events.ResponseReceived):
+            declared = stream._expected_content_length  # noqa: SLF001
+            if int(decoded.fields[0][1]) == _NOT_MODIFIED:
+                return
+        length = stream._actual_content_length  # noqa: SLF001
+        if declared is not None and declared != length:
+            raise h2.exceptions.InvalidBodyLengthError(declared, length)
+
     def _parse(self, kind: int, flags: int, stream_id: int, body: bytes) -> frames.Frame:
         try:
             frame = frames.FRAMES[kind](stream_id)
             frame.parse_flags(flags)
             frame.parse_body(memoryview(body))
         except hyperframe.exceptions.HyperframeError as error:
-            self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: {_reason(error)}", error)
+            too_short = isinstance(error, hyperframe.exceptions.InvalidFrameError)
+            code = ErrorCode.FRAME_SIZE_ERROR if too_short else ErrorCode.PROTOCOL_ERROR
+            self._fail(code, f"a malformed frame: {_reason(error)}", error)
         return frame
 
     def _feed(self, frame: frames.Frame) -> list[h2.events.Event]:
@@ -266,6 +302,9 @@ class H2Engine:
         if kind == _GOAWAY:
             self._receive_goaway(frame)
             return
+        if kind == _SETTINGS:
+            # h2 would keep each unknown one, and the peer has 65,536 of them.
+            frame.settings = {code: value for code, value in frame.settings.items() if code in _KNOWN_SETTINGS}
         events = self._feed(frame)
         if kind == _WINDOW_UPDATE:
             if any(isinstance(event, h2.events.StreamReset) for event in events):
@@ -288,7 +327,6 @@ class H2Engine:
         if flags & _ACK:
             self._handler.on_settings_acknowledged()
             return
-        self._encoder.limit_table()
         code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
         self.max_concurrent_streams = frame.settings.get(code, self.max_concurrent_streams)
         self.max_frame_size = min(self._h2.max_outbound_frame_size, _MAX_FRAME_SIZE)
@@ -300,7 +338,7 @@ class H2Engine:
         state = self._h2.state_machine.state
         self._feed(frame)
         self._h2.state_machine.state = state
-        self._handler.on_goaway(frame.last_stream_id, frame.error_code, bytes(frame.additional_data))
+        self._handler.on_goaway(frame.last_stream_id & 0x7FFF_FFFF, frame.error_code, bytes(frame.additional_data))
 
     # Streams that are not open
 
@@ -321,6 +359,7 @@ class H2Engine:
             if block is not None:
                 # Nobody reads it, but the peer's HPACK encoder has moved on, and our decoder must follow.
                 self._decode(block)
+                self._handler.on_discarded(0)
         else:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame of type {kind} on stream {stream_id}")
 

@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodedBlock", "Decoder", "Encoder"]
 
-#: Lists remembered at most; what is looked up is small, and few differ while the table stands still.
+#: Lists remembered at most, and the longest block: few differ while the table stands still, and those are small.
 _MOST = 256
+_LONGEST = 1_024
 # A larger table, though the peer may allow it, costs more in hpack's linear search than it saves in bytes.
 _LARGEST_TABLE = 4_096
+# Beyond this many bytes hpack's Huffman coding, quadratic in a value's length, costs more time than it saves.
+_LONGEST_HUFFMAN = 4_096
+# Fields whose values could be guessed if they shared a table with an attacker's (RFC 7541, section 7.1.3), as h2,
+# nghttp2 and Firefox choose them; of cookies those shorter than this.
+_SECRET = frozenset({b"authorization", b"proxy-authorization"})
+_SHORT_COOKIE = 20
 
 
 class _Table(HeaderTable):
@@ -51,6 +58,21 @@ class Encoder(hpack.Encoder):
         self._blocks: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
         self._changes = 0
 
+    @property
+    def header_table_size(self) -> int:
+        """The most that the table may hold, in bytes."""
+        return self.header_table.maxsize
+
+    @header_table_size.setter
+    def header_table_size(self, allowed: int) -> None:
+        # hpack forgets to announce a size that the peer names twice before the next block, and it takes any size.
+        size = min(allowed, _LARGEST_TABLE)
+        if size != self.header_table.maxsize:
+            self.header_table.maxsize = size
+            # The smallest since the last block, and the last, are what a decoder must know (RFC 7541, section 4.2).
+            smallest = min([size, *self.table_size_changes])
+            self.table_size_changes = [smallest] if smallest == size else [smallest, size]
+
     def block(self, fields: Headers) -> bytes:
         """The fields as a header block."""
         table = self.header_table
@@ -61,18 +83,14 @@ class Encoder(hpack.Encoder):
         if known is not None:
             return known
         # A table that was resized is announced in the next block, and in that one alone.
-        resized = table.resized
-        encoded = self.encode(_indexable(fields))
+        resized = bool(self.table_size_changes)
+        table.resized = resized
+        encoded = self.encode(_indexable(fields), huffman=sum(len(value) for _, value in fields) <= _LONGEST_HUFFMAN)
         if table.changes != self._changes:
             self._forget()
         elif len(self._blocks) < _MOST and not resized:
             self._blocks[key] = encoded
         return encoded
-
-    def limit_table(self) -> None:
-        """The peer may have allowed a larger table."""
-        if self.header_table_size > _LARGEST_TABLE:
-            self.header_table_size = _LARGEST_TABLE
 
     def _forget(self) -> None:
         self._blocks.clear()
@@ -108,16 +126,20 @@ class Decoder(hpack.Decoder):
         if self.header_table.changes != self._changes:
             self._blocks.clear()
             self._changes = self.header_table.changes
-        elif len(self._blocks) < _MOST:
+        elif len(self._blocks) < _MOST and len(block) <= _LONGEST:
             self._blocks[block] = decoded
         return decoded
 
 
 def _indexable(fields: Headers) -> Headers:
-    """Keep short cookies out of the table, where their values could be guessed (RFC 7541, section 7.1.3)."""
-    if any(name == b"cookie" for name, _ in fields):
+    """Keep secrets out of the table."""
+    if any(_is_secret(name, value) for name, value in fields):
         return [
-            hpack.NeverIndexedHeaderTuple(name, value) if name == b"cookie" and len(value) < 20 else (name, value)
+            hpack.NeverIndexedHeaderTuple(name, value) if _is_secret(name, value) else (name, value)
             for name, value in fields
         ]
     return fields
+
+
+def _is_secret(name: bytes, value: bytes) -> bool:
+    return name in _SECRET or (name == b"cookie" and len(value) < _SHORT_COOKIE)

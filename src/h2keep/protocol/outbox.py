@@ -7,6 +7,7 @@ framed only when the runner takes bytes, so whatever is queued here can still be
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,14 @@ HIGH_WATER = 64 * 1024
 class Outbox:
     """Queues of streams that have something to send, over one engine."""
 
-    __slots__ = ("_engine", "_heads", "_ready", "body_bytes")
+    __slots__ = ("_engine", "_heads", "_ready", "allowance", "body_bytes")
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._heads: deque[Stream] = deque()
         self._ready: deque[Stream] = deque()
+        #: How many heads may be sent: all, unless the peer lowered its limit below what was queued (RFC 9113, 5.1.2).
+        self.allowance = math.inf
         #: Body bytes framed so far.
         self.body_bytes = 0
 
@@ -50,7 +53,7 @@ class Outbox:
 
     def has_data(self) -> bool:
         """Whether a head waits, or a body that the windows admit (control frames are the engine's to know)."""
-        if self._heads:
+        if self._heads and self.allowance > 0:
             return True
         return bool(self._ready) and (not self._ready[0].queued or self._engine.connection_window() > 0)
 
@@ -70,9 +73,10 @@ class Outbox:
         relieved: list[Stream] = []
         parts: list[bytes | memoryview] = [self._engine.drain()]
         size = len(parts[0])
-        while self._heads and size < limit:
+        while self._heads and size < limit and self.allowance > 0:
             stream = self._heads.popleft()
             if stream.open:
+                self.allowance -= 1
                 head = self._send_head(stream, now)
                 size += len(head)
                 parts.append(head)
