@@ -6,14 +6,15 @@ redirects and authentication are not here; who wants them uses the httpx2 adapte
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from h2keep._messages import BaseClient, BaseResponse, Headers, HeaderTypes, LineSplitter, TimeoutTypes
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
     from types import EllipsisType, TracebackType
 
     from h2keep.runner.exchange import AwaitableExchange
@@ -59,7 +60,8 @@ class Response(BaseResponse):
         self._stream.close()
 
 
-# No generators: trio, and asyncio at its end, complain of those that are left half-read, as these may be.
+# No generators, and no context made of one: trio complains of those that are left in the middle, as these may be, and
+# at a loop's end it finalises them before the application's own generators that use them.
 
 
 class _Chunks:
@@ -83,6 +85,22 @@ class _Chunks:
 
     async def aclose(self) -> None:
         self._stream.close()
+
+
+class _Streaming:
+    def __init__(self, send: Callable[[], Awaitable[Response]]) -> None:
+        self._send = send
+        self._response: Response | None = None
+
+    async def __aenter__(self) -> Response:
+        self._response = await self._send()
+        return self._response
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._response is not None:
+            await self._response.aclose()
 
 
 class _Lines:
@@ -176,8 +194,7 @@ class AsyncClient(BaseClient):
         await response.aread()
         return response
 
-    @asynccontextmanager
-    async def stream(
+    def stream(
         self,
         method: str,
         url: str,
@@ -188,9 +205,10 @@ class AsyncClient(BaseClient):
         headers: HeaderTypes = (),
         timeout: TimeoutTypes | EllipsisType = ...,
         extensions: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Response]:
+    ) -> AbstractAsyncContextManager[Response]:
         """Send a request; its body is read inside the context, and given up where the context ends."""
-        response = await self._send(
+        send = functools.partial(
+            self._send,
             method,
             url,
             content=content,
@@ -200,10 +218,7 @@ class AsyncClient(BaseClient):
             timeout=timeout,
             extensions=extensions,
         )
-        try:
-            yield response
-        finally:
-            await response.aclose()
+        return _Streaming(send)
 
     async def get(self, url: str, **options: Any) -> Response:
         """GET; options as for `request`."""

@@ -1,0 +1,402 @@
+"""How programs end: whatever they leave open, nothing hangs, nothing warns, and no traceback is printed but their own.
+
+Each is a script in a process of its own, on asyncio and on trio, with -X dev and every warning an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, NamedTuple
+
+import anyio
+import pytest
+from hyperframe import frame as frames
+
+from support.raw import GONE, RawServer, task_group
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from support.raw import Peer, RawRequest
+
+pytestmark = pytest.mark.anyio
+
+#: What a client that nobody closed says for itself; that it says so, and when, is tested elsewhere.
+LEFT_OPEN = "an h2keep client or transport was never closed"
+#: A program that hasn't ended after so many seconds hangs.
+PATIENCE = 30.0
+
+PRELUDE = """
+import asyncio, contextlib, sys
+import anyio, h2keep
+backend, url, ca = sys.argv[1:]
+if backend == "trio":
+    import trio
+
+def run(main):
+    async def patient():
+        # Imports take long, and debug mode would tell.
+        asyncio.get_running_loop().slow_callback_duration = 60
+        await main()
+
+    asyncio.run(patient()) if backend == "asyncio" else trio.run(main)
+
+def new_client(**options):
+    return h2keep.AsyncClient(verify=ca, timeout=None, **options)
+
+def start(function, *args):
+    # A task that nobody waits for.
+    global task
+    if backend == "asyncio":
+        task = asyncio.create_task(function(*args))
+    else:
+        async def quietly():
+            with contextlib.suppress(h2keep.H2KeepError):
+                await function(*args)
+        trio.lowlevel.spawn_system_task(quietly)
+"""
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Of the test and its server; the scripts have their own."""
+    return "asyncio"
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Program:
+    """Runs scripts against a server that does what the path says."""
+
+    def __init__(self, server: RawServer, backend: str, ca_path: Path) -> None:
+        self.server = server
+        self._arguments = [backend, server.url, str(ca_path)]
+        self._asked = anyio.Event()
+
+    async def __call__(
+        self,
+        script: str,
+        *,
+        interrupt: bool = False,
+        may_be_left_open: bool = True,
+    ) -> Result:
+        """Run a script to its end; with `interrupt`, Ctrl-C comes as soon as the server has seen a request."""
+        options = ["-X", "dev", "-W", "error"]
+        if may_be_left_open:
+            options += ["-W", f"ignore:{LEFT_OPEN}:ResourceWarning"]
+        command = [sys.executable, *options, "-c", PRELUDE + script, *self._arguments]
+        output: dict[str, bytes] = {"stdout": b"", "stderr": b""}
+
+        async def read(name: str) -> None:
+            async for chunk in getattr(process, name):
+                output[name] += chunk
+
+        with anyio.fail_after(PATIENCE):
+            async with await anyio.open_process(command, stdin=subprocess.DEVNULL) as process:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read, "stdout")
+                    tasks.start_soon(read, "stderr")
+                    if interrupt:
+                        await self._asked.wait()
+                        process.send_signal(signal.SIGINT)
+                    code = await process.wait()
+        return Result(code, output["stdout"].decode(), output["stderr"].decode())
+
+    async def serve(self, peer: Peer) -> None:
+        async with task_group() as tasks:
+            while True:
+                request = await peer.request()
+                tasks.start_soon(self._answer, request)
+
+    async def _answer(self, request: RawRequest) -> None:
+        peer, stream_id = request.peer, request.stream_id
+        with contextlib.suppress(*GONE):
+            match request.path:
+                case "/silent":
+                    pass
+                case "/half":
+                    await peer.respond(stream_id, body=b"line\nline\n", end_stream=False)
+                case "/reset":
+                    peer.abort()
+                case "/close":
+                    peer.close()
+                case "/garbage":
+                    await peer.send_ciphertext(b"\x17\x03\x03\x00\x20" + bytes(32))
+                case "/then-reset":
+                    await peer.respond(stream_id, body=b"ok")
+                    peer.abort()
+                case "/then-garbage":
+                    await peer.respond(stream_id, body=b"ok")
+                    await peer.send_ciphertext(b"\x17\x03\x03\x00\x20" + bytes(32))
+                case "/goaway":
+                    await peer.respond(stream_id, body=b"ok")
+                    await peer.goaway(stream_id)
+                case _:
+                    await request.complete()
+                    await peer.respond(stream_id, body=b"ok")
+        self._asked.set()
+
+
+@pytest.fixture
+async def program(backend: str, server_ssl: ssl.SSLContext, ca_path: Path) -> AsyncIterator[Program]:
+    async with RawServer.listen(server_ssl) as server:
+        program = Program(server, backend, ca_path)
+        server.serve(program.serve)
+        yield program
+
+
+SILENT_SCRIPTS: dict[str, str] = {
+    "a client that was never closed": """
+        async def main():
+            client = new_client()
+            print((await client.get(url)).text)
+        """,
+    "a client in a global that was never closed": """
+        client = new_client()
+        async def main():
+            print((await client.get(url)).text)
+        """,
+    "a client that was never used": """
+        client = new_client()
+        async def main():
+            print("ok")
+        """,
+    "a response that was never read": """
+        async def main():
+            global client, context, response
+            client = new_client()
+            context = client.stream("GET", url + "/half")
+            response = await context.__aenter__()
+            print("ok")
+        """,
+    "a response that was read half": """
+        async def main():
+            global chunks, lines, context
+            client = new_client()
+            context = client.stream("GET", url + "/half")
+            response = await context.__aenter__()
+            lines = response.aiter_lines()
+            assert await anext(lines) == "line"
+            print("ok")
+        """,
+    "a response that was left in the middle": """
+        async def main():
+            client = new_client()
+            async with client.stream("GET", url + "/half") as response:
+                async for line in response.aiter_lines():
+                    assert line == "line"
+                    break
+            print("ok")
+        """,
+    "a generator over a response that was left in the middle": """
+        async def lines(client):
+            async with client.stream("GET", url + "/half") as response:
+                async for line in response.aiter_lines():
+                    yield line
+        async def main():
+            global generator
+            generator = lines(new_client())
+            assert await anext(generator) == "line"
+            print("ok")
+        """,
+    "a generator that has a client of its own": """
+        async def lines():
+            async with new_client() as client, client.stream("GET", url + "/half") as response:
+                async for line in response.aiter_lines():
+                    yield line
+        async def main():
+            global generator
+            generator = lines()
+            assert await anext(generator) == "line"
+            print("ok")
+        """,
+    "a generator that makes a request at its end": """
+        async def lines(client):
+            try:
+                yield (await client.get(url)).text
+            finally:
+                try:
+                    await client.get(url)
+                except h2keep.ConnectError as error:
+                    print("refused")
+        async def main():
+            global generator
+            generator = lines(new_client())
+            print(await anext(generator))
+        """,
+    "a request in flight": """
+        async def main():
+            client = new_client()
+            start(client.get, url + "/silent")
+            await client.get(url)
+            print("ok")
+        """,
+    "a hundred requests in flight": """
+        async def main():
+            global kept
+            kept = []
+            client = new_client()
+            for _ in range(100):
+                start(client.get, url + "/silent")
+                kept.append(globals().get("task"))
+            await client.get(url)
+            print("ok")
+        """,
+    "a request that was given up": """
+        async def main():
+            client = new_client()
+            await client.get(url)
+            with anyio.move_on_after(0.05):
+                await client.get(url + "/silent")
+            print("ok")
+        """,
+    "an upload in flight": """
+        async def body():
+            try:
+                yield b"first"
+                await anyio.sleep_forever()
+            finally:
+                print("closed")
+        async def main():
+            client = new_client()
+            async def post():
+                await client.post(url, content=body())
+            start(post)
+            await client.get(url)
+            await anyio.sleep(0.05)
+            print("ok")
+        """,
+    "a dial in flight": """
+        import socket
+        async def main():
+            client = new_client()
+            listener = socket.create_server(("127.0.0.1", 0))
+            start(client.get, f"https://127.0.0.1:{listener.getsockname()[1]}")
+            await anyio.sleep(0.05)
+            listener.close()
+            print("ok")
+        """,
+    "a task that closes the client when it is cancelled": """
+        async def use():
+            client = new_client()
+            try:
+                await client.get(url + "/silent")
+            finally:
+                await client.aclose()
+        async def main():
+            start(use)
+            async with new_client() as client:
+                await client.get(url)
+            print("ok")
+        """,
+    "a server that resets the connection under a request": """
+        async def main():
+            client = new_client()
+            try:
+                await client.get(url + "/reset")
+            except h2keep.ConnectionLost:
+                print("ok")
+        """,
+    "a server that closes the connection under a request": """
+        async def main():
+            client = new_client()
+            try:
+                await client.get(url + "/close")
+            except h2keep.ConnectionLost:
+                print("ok")
+        """,
+    "a server that breaks TLS under a request": """
+        async def main():
+            client = new_client()
+            try:
+                await client.get(url + "/garbage")
+            except h2keep.ConnectionLost:
+                print("ok")
+        """,
+    "a server that resets an unused connection": """
+        async def main():
+            client = new_client()
+            print((await client.get(url + "/then-reset")).text)
+            await anyio.sleep(0.1)
+        """,
+    "a server that breaks TLS on an unused connection": """
+        async def main():
+            client = new_client()
+            print((await client.get(url + "/then-garbage")).text)
+            await anyio.sleep(0.1)
+        """,
+    "a server that goes away": """
+        async def main():
+            client = new_client()
+            print((await client.get(url + "/goaway")).text)
+            await anyio.sleep(0.1)
+        """,
+    "an origin that can't be reached": """
+        async def main():
+            client = new_client()
+            try:
+                await client.get("https://127.0.0.1:1")
+            except h2keep.ConnectError:
+                print("ok")
+        """,
+    "a certificate that isn't trusted": """
+        async def main():
+            client = h2keep.AsyncClient()
+            try:
+                await client.get(url)
+            except h2keep.ConnectError:
+                print("ok")
+        """,
+    "a body that raises": """
+        async def body():
+            yield b"first"
+            raise ZeroDivisionError
+        async def main():
+            client = new_client()
+            try:
+                await client.post(url, content=body())
+            except ZeroDivisionError:
+                print("ok")
+        """,
+    "a failing task beside a request": """
+        async def fail():
+            await anyio.sleep(0.05)
+            raise ZeroDivisionError
+        async def main():
+            client = new_client()
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(client.get, url + "/silent")
+                    tasks.start_soon(fail)
+            except* ZeroDivisionError:
+                print("ok")
+        """,
+}
+
+
+def script(source: str) -> str:
+    return textwrap.dedent(source) + "\nrun(main)\n"
+
+
+@pytest.mark.parametrize("name", SILENT_SCRIPTS)
+async def test_a_program_ends_in_silence_in_spite_of(program: Program, name: str) -> None:
+    code, stdout, stderr = await program(script(SILENT_SCRIPTS[name]))
+    assert stderr == ""
+    assert code == 0
+    assert "ok" in stdout.split()
