@@ -20,7 +20,7 @@ from support.raw import GONE, RawServer, task_group
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from support.raw import Peer, RawRequest
@@ -53,12 +53,12 @@ def new_client(**options):
 def start(function, *args):
     # A task that nobody waits for.
     global task
+    async def quietly():
+        with contextlib.suppress(h2keep.H2KeepError):
+            await function(*args)
     if backend == "asyncio":
-        task = asyncio.create_task(function(*args))
+        task = asyncio.create_task(quietly())
     else:
-        async def quietly():
-            with contextlib.suppress(h2keep.H2KeepError):
-                await function(*args)
         trio.lowlevel.spawn_system_task(quietly)
 """
 
@@ -96,7 +96,7 @@ class Program:
         interrupt: bool = False,
         may_be_left_open: bool = True,
     ) -> Result:
-        """Run a script to its end; with `interrupt`, Ctrl-C comes as soon as the server has seen a request."""
+        """Run a script to its end; with `interrupt`, Ctrl-C comes as soon as the server is asked for /silent."""
         options = ["-X", "dev", "-W", "error"]
         if may_be_left_open:
             options += ["-W", f"ignore:{LEFT_OPEN}:ResourceWarning"]
@@ -108,14 +108,16 @@ class Program:
                 output[name] += chunk
 
         with anyio.fail_after(PATIENCE):
-            async with await anyio.open_process(command, stdin=subprocess.DEVNULL) as process:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(read, "stdout")
-                    tasks.start_soon(read, "stderr")
-                    if interrupt:
-                        await self._asked.wait()
-                        process.send_signal(signal.SIGINT)
-                    code = await process.wait()
+            async with (
+                await anyio.open_process(command, stdin=subprocess.DEVNULL) as process,
+                anyio.create_task_group() as tasks,
+            ):
+                tasks.start_soon(read, "stdout")
+                tasks.start_soon(read, "stderr")
+                if interrupt:
+                    await self._asked.wait()
+                    process.send_signal(signal.SIGINT)
+                code = await process.wait()
         return Result(code, output["stdout"].decode(), output["stderr"].decode())
 
     async def serve(self, peer: Peer) -> None:
@@ -129,7 +131,7 @@ class Program:
         with contextlib.suppress(*GONE):
             match request.path:
                 case "/silent":
-                    pass
+                    self._asked.set()
                 case "/half":
                     await peer.respond(stream_id, body=b"line\nline\n", end_stream=False)
                 case "/reset":
@@ -150,7 +152,6 @@ class Program:
                 case _:
                     await request.complete()
                     await peer.respond(stream_id, body=b"ok")
-        self._asked.set()
 
 
 @pytest.fixture
@@ -400,3 +401,181 @@ async def test_a_program_ends_in_silence_in_spite_of(program: Program, name: str
     assert stderr == ""
     assert code == 0
     assert "ok" in stdout.split()
+
+
+@pytest.mark.parametrize("name", ["with", "aclose"])
+async def test_a_program_that_closes_its_client_ends_without_any_warning(program: Program, name: str) -> None:
+    sources = {
+        "with": """
+            async def main():
+                async with new_client() as client:
+                    print((await client.get(url)).text)
+            """,
+        "aclose": """
+            async def main():
+                client = new_client()
+                print((await client.get(url)).text)
+                await client.aclose()
+            """,
+    }
+    assert await program(script(sources[name]), may_be_left_open=False) == (0, "ok\n", "")
+    peer = await program.server.peer(0)
+    with pytest.raises(anyio.EndOfStream):
+        await peer.until(lambda: False)
+    assert [goaway.error_code for goaway in peer.seen(frames.GoAwayFrame)] == [0]
+
+
+async def test_two_event_loops_one_after_the_other_with_a_client_each(program: Program) -> None:
+    source = """
+        async def main():
+            client = new_client()
+            print((await client.get(url)).text)
+            start(client.get, url + "/silent")
+            await anyio.sleep(0.01)
+
+        run(main)
+        """
+    assert await program(script(source)) == (0, "ok\nok\n", "")
+    assert len(program.server.peers) == 2
+
+
+async def test_two_event_loops_one_after_the_other_with_one_client(program: Program) -> None:
+    source = """
+        client = new_client()
+
+        async def main():
+            print((await client.get(url)).text)
+            start(client.get, url + "/silent")
+            await anyio.sleep(0.01)
+
+        run(main)
+        """
+    assert await program(script(source)) == (0, "ok\nok\n", "")
+    assert len(program.server.peers) == 2
+
+
+@pytest.mark.parametrize("end", ["loop.close()", "pass"])
+async def test_an_asyncio_loop_that_cancels_nothing(program: Program, end: str) -> None:
+    # A loop of one's own, with or without a decent end. On trio there is no such thing.
+    source = f"""
+        async def main():
+            client = new_client()
+            print((await client.get(url)).text)
+
+        def run(main, run=run):
+            if backend == "trio":
+                return run(main)
+            loop = asyncio.new_event_loop()
+            loop.slow_callback_duration = 60
+            loop.run_until_complete(main())
+            {end}
+        """
+    assert await program(script(source)) == (0, "ok\n", "")
+
+
+# Ends with words
+
+
+@pytest.mark.parametrize("how", ["never closed", "closed"])
+async def test_a_program_that_raises_prints_its_own_traceback_alone(program: Program, how: str) -> None:
+    sources = {
+        "never closed": """
+            async def main():
+                client = new_client()
+                start(client.get, url + "/silent")
+                print((await client.get(url)).text)
+                1 / 0
+            """,
+        "closed": """
+            async def main():
+                async with new_client() as client, client.stream("GET", url + "/half") as response:
+                    async for line in response.aiter_lines():
+                        print("ok")
+                        1 / 0
+            """,
+    }
+    code, stdout, stderr = await program(script(sources[how]))
+    assert (code, stdout) == (1, "ok\n")
+    assert stderr.count("Traceback (most recent call last)") == 1
+    assert stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert "Task was destroyed" not in stderr
+
+
+async def test_a_program_that_exits_in_the_middle_says_nothing(program: Program) -> None:
+    source = """
+        async def main():
+            client = new_client()
+            start(client.get, url + "/silent")
+            print((await client.get(url)).text)
+            sys.exit(3)
+        """
+    assert await program(script(source)) == (3, "ok\n", "")
+
+
+async def test_ctrl_c_while_waiting_ends_at_once(program: Program) -> None:
+    source = """
+        async def main():
+            await new_client().get(url + "/silent")
+        """
+    code, stdout, stderr = await program(script(source), interrupt=True)
+    assert (code, stdout) == (-signal.SIGINT, "")
+    own_words(stderr)
+
+
+async def test_ctrl_c_under_a_context_closes_the_client_and_ends(program: Program) -> None:
+    source = """
+        async def main():
+            async with new_client() as client, client.stream("GET", url + "/half") as response:
+                try:
+                    async for line in response.aiter_lines():
+                        start(client.get, url + "/silent")
+                finally:
+                    print("finally")
+        """
+    code, stdout, stderr = await program(script(source), interrupt=True, may_be_left_open=False)
+    assert (code, stdout) == (-signal.SIGINT, "finally\n")
+    own_words(stderr)
+    peer = await program.server.peer(0)
+    with pytest.raises(anyio.EndOfStream):
+        await peer.until(lambda: False)
+
+
+async def test_ctrl_c_with_many_tasks_waiting_ends_them_all(program: Program) -> None:
+    source = """
+        async def main():
+            client = new_client()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(client.get, url + "/silent")
+
+        def run(main, run=run):
+            try:
+                run(main)
+            except* KeyboardInterrupt:
+                print("interrupted")
+        """
+    assert await program(script(source), interrupt=True) == (0, "interrupted\n", "")
+
+
+def own_words(stderr: str) -> None:
+    """Python's own account of a KeyboardInterrupt, and no word about tasks, loops or sockets."""
+    assert stderr.endswith("KeyboardInterrupt\n")
+    for noise in ("Task was destroyed", "never retrieved", "never awaited", "Exception ignored", "TrioInternalError"):
+        assert noise not in stderr
+    assert "ResourceWarning" not in stderr
+
+
+async def test_a_hook_that_raises_is_logged_and_ends_nothing(program: Program) -> None:
+    source = """
+        def hook(stats, event):
+            raise ZeroDivisionError("mine")
+
+        async def main():
+            async with new_client(event_hook=hook) as client:
+                print((await client.get(url)).text)
+                print((await client.get(url)).text)
+        """
+    code, stdout, stderr = await program(script(source), may_be_left_open=False)
+    assert (code, stdout) == (0, "ok\nok\n")
+    assert stderr.count("Traceback (most recent call last)") == stderr.count("the event hook failed on")
+    assert stderr.count("ZeroDivisionError: mine") == stderr.count("the event hook failed on") >= 2
