@@ -395,12 +395,23 @@ def script(source: str) -> str:
     return textwrap.dedent(source) + "\nrun(main)\n"
 
 
-@pytest.mark.parametrize("name", SILENT_SCRIPTS)
-async def test_a_program_ends_in_silence_in_spite_of(program: Program, name: str) -> None:
-    code, stdout, stderr = await program(script(SILENT_SCRIPTS[name]))
-    assert stderr == ""
-    assert code == 0
-    assert "ok" in stdout.split()
+#: Those in one batch run at the same time.
+BATCHES = [list(SILENT_SCRIPTS)[start : start + 5] for start in range(0, len(SILENT_SCRIPTS), 5)]
+
+
+@pytest.mark.parametrize("names", BATCHES, ids=[f"{names[0]}, and the next" for names in BATCHES])
+async def test_a_program_ends_in_silence_in_spite_of(program: Program, names: list[str]) -> None:
+    results: dict[str, Result] = {}
+
+    async def run(name: str) -> None:
+        results[name] = await program(script(SILENT_SCRIPTS[name]))
+
+    async with anyio.create_task_group() as tasks:
+        for name in names:
+            tasks.start_soon(run, name)
+    for name, result in results.items():
+        assert (result.code, result.stderr) == (0, ""), name
+        assert "ok" in result.stdout.split(), name
 
 
 @pytest.mark.parametrize("name", ["with", "aclose"])
