@@ -457,6 +457,7 @@ def test_a_closed_connection_takes_every_call() -> None:
     pair.pump()
     client, now = pair.client, pair.now
     client.close(now)
+    client.give_up(ConnectionLost("late"), now)
     client.receive_data(b"garbage", now)
     client.receive_eof(now)
     client.handle_timeout(now + 100)

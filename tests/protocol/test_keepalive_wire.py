@@ -136,6 +136,7 @@ def test_k10_a_cancelled_request_on_a_silent_connection_sends_a_ping_with_the_re
     assert [event.purpose for event in sent] == [PingPurpose.SUSPICION]
     assert not pair.client.verified(pair.now)
     assert pair.client.free_slots == slots  # the slot stays taken
+    assert pair.client.prospective_slots == slots + 1
 
 
 def test_k10_life_gives_the_slots_back() -> None:

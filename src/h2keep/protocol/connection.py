@@ -258,7 +258,7 @@ class Connection:
         if stream.open:
             self._consume(stream, len(data), now)
         else:
-            self._unread -= len(data)
+            self._take_unread(stream, len(data))
         return data
 
     def await_data(self, stream_id: int, now: float) -> None:
@@ -430,9 +430,7 @@ class Connection:
 
     def on_reset(self, stream_id: int, error_code: int) -> None:
         """EngineHandler."""
-        stream = self._streams.get(stream_id)
-        if stream is None or not stream.open:
-            return
+        stream = self._streams[stream_id]
         refused = error_code == ErrorCode.REFUSED_STREAM and not (stream.response_seen or stream.informational)
         text = f"{self.name}: the server reset the stream with error code {_code(error_code)}"
         if refused:
@@ -442,9 +440,7 @@ class Connection:
     def on_stream_error(self, stream_id: int, error_code: int, error: RemoteProtocolError) -> None:
         """EngineHandler."""
         self._note_reply()
-        stream = self._streams.get(stream_id)
-        if stream is not None and stream.open:
-            self._fail_stream(stream, _named(self.name, error))
+        self._fail_stream(self._streams[stream_id], _named(self.name, error))
 
     def on_settings(self) -> None:
         """EngineHandler."""
@@ -543,17 +539,25 @@ class Connection:
                 outbox.allowance = math.inf
         stream.chunks.clear()
         stream.queued = 0
-        stream.window.release()
+        if stream.buffer:
+            # Its window's growth is still in use, by the bytes that wait (`_take_unread` gives it back).
+            self._unread += len(stream.buffer)
+        else:
+            stream.window.release()
         self._alarms.disarm(stream)
-        self._unread += len(stream.buffer)
         self.open_streams -= 1
         self.keepalive.note_stream_closed()
 
     def _forget(self, stream: Stream) -> None:
-        self._unread -= len(stream.buffer)
+        self._take_unread(stream, len(stream.buffer))
         # An alarm that was set may hold the stream for long, but nobody reads these bytes any more.
         stream.buffer = b""
         del self._streams[stream.id]
+
+    def _take_unread(self, stream: Stream, amount: int) -> None:
+        """Bytes that waited on a stream that is over were read, or nobody will read them."""
+        self._unread -= amount
+        stream.window.release()
 
     def _fail_stream(self, stream: Stream, error: H2KeepError) -> None:
         """The stream is over. If its response was complete, it stands, and merely the rest of the body isn't wanted."""

@@ -40,7 +40,7 @@ class EngineHandler(Protocol):
     """What an engine reports while it parses, frame by frame.
 
     A `RemoteProtocolError` that one of these raises ends the connection: the engine stops there and passes it on. None
-    calls back into `Engine.receive`.
+    calls back into `Engine.receive`. Streams are those that the engine was asked to open and that aren't over yet.
     """
 
     def on_informational(self, stream_id: int, status: int, headers: Headers) -> None:
@@ -108,7 +108,7 @@ class Engine(Protocol):
         """Encode a request's trailers, which end it: the frames to send."""
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
-        """Reset a stream and let go of it; what still comes for it is discarded. No-op if it is closed already."""
+        """Reset an open stream and let go of it; what still comes for it is discarded."""
 
     def forget(self, stream_id: int) -> None:
         """Let go of a stream without telling the peer, who has said that it won't be served."""

@@ -87,7 +87,7 @@ class BodyRoom:
 
 @dataclass(frozen=True, slots=True)
 class SettingsChanged:
-    """The peer's SETTINGS came; `Connection.max_streams` may have changed."""
+    """`Connection.free_slots` may have changed: the peer's SETTINGS came, or life gave up the slots that K10 held."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,12 +63,6 @@ _Inputs = h2.stream.StreamInputs
 _SEND_HEADERS, _SEND_DATA, _SEND_END = _Inputs.SEND_HEADERS, _Inputs.SEND_DATA, _Inputs.SEND_END_STREAM
 
 
-class _H2Connection(h2.connection.H2Connection):
-    def _open_streams(self, remainder: int) -> int:
-        # h2 asks in order to enforce MAX_CONCURRENT_STREAMS and to tidy up; both are done elsewhere, in O(1).
-        return 0
-
-
 class H2Engine:
     """An `Engine` on h2."""
 
@@ -91,8 +85,8 @@ class H2Engine:
         self._h2.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN
         self.send_window_update(0, connection_window - 65_535)
 
-    def _configured(self, initial_window: int) -> _H2Connection:
-        connection = _H2Connection(
+    def _configured(self, initial_window: int) -> h2.connection.H2Connection:
+        connection = h2.connection.H2Connection(
             h2.config.H2Configuration(
                 client_side=True,
                 header_encoding=None,
@@ -320,7 +314,8 @@ class H2Engine:
             self._handler.on_reset(stream_id, frame.error_code)
         elif kind == _PING and flags & _ACK:
             self._handler.on_ping_acknowledged(frame.opaque_data)
-        elif kind == _PING:
+        else:
+            # A PING, that is: h2 has refused PUSH_PROMISE.
             self._handler.on_reply_queued()
 
     def _receive_settings(self, frame: frames.SettingsFrame, flags: int) -> None:
@@ -426,9 +421,8 @@ class H2Engine:
         return _frame_header(length, _DATA, _END_STREAM if end_stream else 0, stream_id)
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
-        if stream_id in self._streams:
-            self._h2.reset_stream(stream_id, error_code)
-            self._tidy(stream_id)
+        self._h2.reset_stream(stream_id, error_code)
+        self._tidy(stream_id)
 
     def forget(self, stream_id: int) -> None:
         machine = self._streams[stream_id].state_machine
