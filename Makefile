@@ -19,5 +19,5 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[cli,demo,httpx,httpx2,trio]' --group dev --group bench
+	$(BIN)/python -m pip install --quiet --editable '.[cli,demo,httpx,httpx2,socks,trio]' --group dev --group bench
 	touch $@

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterable, Iterable
 
+    from h2keep._proxies import ProxyFor
     from h2keep.protocol.events import ConnectionEvent
     from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.stream import Http2Stream
@@ -59,6 +60,9 @@ def _check(limits: object, uds: object, local_address: object, socket_options: t
 class Connections:
     """Connections made in one way, for any event loop and any thread."""
 
+    #: The interpreter exits, and what is left open has been told of.
+    exiting = False
+
     def __init__(
         self,
         ssl_context: ssl.SSLContext,
@@ -72,6 +76,7 @@ class Connections:
         socket_options: Iterable[SocketOption] | None,
         event_hook: EventHook | None,
         run_in_thread: bool = False,
+        proxy_for: ProxyFor | None = None,
     ) -> None:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
@@ -80,13 +85,12 @@ class Connections:
         if engine != "h2":
             raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
-        ssl_context.set_alpn_protocols(list(alpn))
         self._http1 = http1
         self._run_in_thread = run_in_thread
         # Pools outlive whoever forgets us, so nothing that makes them may refer to us.
         self._make_pool = functools.partial(
             Pool,
-            DialOptions(ssl_context, alpn, uds, local_address, options),
+            DialOptions(ssl_context, alpn, uds, local_address, options, proxy_for),
             Keepalive() if keepalive is None else keepalive,
             Limits() if limits is None else limits,
             None if event_hook is None else _in_context(event_hook),
@@ -130,6 +134,7 @@ class Connections:
         timeout: Timeout,
     ) -> BlockingExchange:
         """As `send`, in the calling thread, which also pulls the body's iterator."""
+        background.refuse_to_wait()
         whole = body if isinstance(body, bytes) else None
         request = self._request(method, origin, authority, target, fields, whole, timeout)
         exchange = BlockingExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
@@ -169,19 +174,27 @@ class Connections:
     def _running_lease(self) -> background.Lease:
         """The share in the background loop."""
         lease = self._lease
-        if lease is None:
+        if lease is None or lease.ended:
             with self._lock:
                 lease = self._lease
-                if lease is None:
+                if lease is None or lease.ended:
                     lease = self._lease = background.lease(self._make_pool)
         return lease
 
     def _reap_dead_loops(self) -> None:
         """Let go of pools whose loops have ended: nothing else tells us, and they would keep their sockets."""
         with self._lock:
-            dead = [loop for loop, pool in self._pools.items() if pool.loop.is_dead()]
+            dead = [loop for loop, pool in list(self._pools.items()) if pool.loop.is_dead()]
             for loop in dead:
-                self._pools.pop(loop).reap("its event loop has ended")
+                pool = self._pools.pop(loop, None)
+                if pool is not None:
+                    pool.reap("its event loop has ended")
+
+    def reap_stopped_loops(self) -> None:
+        """At exit: loops that don't run now never will, and say nothing more to anybody."""
+        for pool in list(self._pools.values()):
+            if not pool.loop.is_running():
+                pool.reap("the interpreter is exiting")
 
     # The end
 
@@ -218,7 +231,7 @@ class Connections:
     def left_open(self) -> bool:
         """Whether there are connections, or were when their loop ended, that nobody has closed."""
         lease = self._lease
-        return (lease is not None and lease.left_open) or any(pool.left_open for pool in self._pools.values())
+        return (lease is not None and lease.left_open) or any(pool.left_open for pool in list(self._pools.values()))
 
     def forget(self) -> list[Pool]:
         """This is a child process, and what there is belongs to its parent: the pools, to be kept for ever."""
@@ -234,7 +247,7 @@ class Connections:
         # May run in any thread, even under one of our own locks. While the interpreter goes down `_at_exit` was first.
         if is_finalizing() or not hasattr(self, "_lease"):
             return
-        left_open = self.left_open
+        left_open = self.left_open and not self.exiting
         self._begin_to_close()
         if left_open:
             warn(_LEFT_OPEN, ResourceWarning, source=self)
@@ -264,8 +277,12 @@ def _in_context(hook: EventHook) -> EventHook:
 
 @atexit.register
 def _at_exit() -> None:
-    left_open = any(connections.left_open for connections in _everybody())
+    everybody = _everybody()
+    left_open = any(connections.left_open for connections in everybody)
+    Connections.exiting = True
     background.shut_down()
+    for connections in everybody:
+        connections.reap_stopped_loops()
     if left_open:
         warnings.warn(_LEFT_OPEN, ResourceWarning, stacklevel=1)
 
@@ -277,11 +294,11 @@ def _after_fork_in_child() -> None:
     """
     dial.close_descriptors()
     pools = [pool for connections in _everybody() for pool in connections.forget()]
-    loop = background.after_fork_in_child()
-    if pools or loop is not None:
+    loops = background.after_fork_in_child()
+    if pools or loops:
         import ctypes
 
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object((pools, loop)))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((pools, loops)))
 
 
 if hasattr(os, "register_at_fork"):

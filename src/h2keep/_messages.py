@@ -18,6 +18,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
+from h2keep import _proxies
 from h2keep._connections import Connections
 from h2keep.errors import UnsupportedProtocol
 from h2keep.runner.dial import Origin, SocketOption
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
+    from h2keep.runner.proxy import Proxy
     from h2keep.runner.stream import Http2Stream
 
 __all__ = [
@@ -212,6 +214,7 @@ class BaseClient:
         http1: bool = True,
         uds: str | None = None,
         local_address: str | None = None,
+        proxy: str | Proxy | None = None,
         socket_options: Iterable[SocketOption] | None = None,
         headers: HeaderTypes = (),
         event_hook: EventHook | None = None,
@@ -223,6 +226,14 @@ class BaseClient:
             context = verify
         else:
             raise ValueError("cert: load the certificate into the ssl.SSLContext that is given as verify")
+        if proxy is not None and uds is not None:
+            raise ValueError("proxy: there is no proxy on the way to a unix socket")
+        proxy_for = None
+        make_context = functools.partial(create_ssl_context, True, None, trust_env)
+        if proxy is not None:
+            proxy_for = _proxies.always(proxy, make_context)
+        elif trust_env and uds is None:
+            proxy_for = _proxies.from_environment(make_context)
         self._timeout = _timeout(timeout)
         self._headers = _fields(headers)
         self._connections = Connections(
@@ -236,6 +247,7 @@ class BaseClient:
             socket_options=socket_options,
             event_hook=event_hook,
             run_in_thread=run_in_thread,
+            proxy_for=proxy_for,
         )
 
     def _prepare(

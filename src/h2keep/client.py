@@ -141,6 +141,9 @@ class AsyncClient(BaseClient):
     * `limits`, `timeout`: see `Limits` and `Timeout`; a number is a timeout for each of the four phases.
     * `http1`: whether the origin may speak HTTP/1.1; False also makes http:// URLs HTTP/2 with prior knowledge.
     * `uds`: the path of a unix socket to connect to in the place of TCP. `local_address`, `socket_options`: for TCP.
+    * `proxy`: a URL or a `Proxy` through which every origin is reached.
+    * `trust_env`: whether to read the environment, now: SSL_CERT_FILE and SSL_CERT_DIR; and, unless `proxy` or `uds` is
+      given, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, as httpx2 does.
     * `headers`: sent with every request, unless the request has its own.
     * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
     * `run_in_thread`: connections live on a background thread's event loop, so that PINGs go on while the application

@@ -16,6 +16,7 @@ __all__ = [
     "ConnectionGoingAway",
     "ConnectionLost",
     "H2KeepError",
+    "HTTP2NotSupported",
     "LocalProtocolError",
     "PingTimeout",
     "PoolTimeout",
@@ -75,6 +76,15 @@ class ConnectTimeout(ConnectError):
     """No connection was ready (TCP, TLS and the server's SETTINGS) within the connect timeout."""
 
 
+class HTTP2NotSupported(ConnectError):
+    """The server was reached, and does not speak HTTP/2. Nothing of the request was sent, nor was its body begun."""
+
+    def __init__(self, message: str, *, alpn: str | None, unprocessed: bool = True) -> None:
+        super().__init__(message, unprocessed=unprocessed)
+        #: The protocol that the server chose in ALPN, None if none.
+        self.alpn = alpn
+
+
 class PoolTimeout(H2KeepError):
     """No connection had room for the request within the pool timeout."""
 
@@ -111,10 +121,12 @@ class RemoteProtocolError(ProtocolError):
 
 
 class ProxyError(H2KeepError):
-    """The proxy refused or dropped the tunnel."""
+    """The proxy refused the tunnel, or dropped it before anything came through it."""
 
-    def __init__(self, message: str, *, unprocessed: bool = True) -> None:
+    def __init__(self, message: str, *, status: int | None = None, unprocessed: bool = True) -> None:
         super().__init__(message, unprocessed=unprocessed)
+        #: The status of the proxy's answer to CONNECT, None if there was none.
+        self.status = status
 
 
 class UnsupportedProtocol(H2KeepError):

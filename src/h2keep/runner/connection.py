@@ -302,19 +302,21 @@ class Http2Connection:
     # For the driver
 
     def bytes_came(self, data: bytes) -> None:
-        """Bytes from the socket: life first (K2), then whatever they mean."""
+        """Bytes from the socket: life first, unless they are a proxy's own (K2), then whatever they mean."""
         now = self.loop.time()
         self._look_for_gap(now)
-        self.protocol.note_life(now)
         security = self.transport.security
         plaintext, closed = security.receive(data)
+        heard = security.heard
+        if heard:
+            self.protocol.note_life(now)
         if plaintext:
             self.protocol.receive_data(plaintext, now)
         if closed:
             self.protocol.receive_eof(now, security.failure)
         elif security.pending():
             self.driver.wake_writer()
-        if self.being_verified:
+        if self.being_verified and heard:
             # Only now, lest the queue be opened on a connection whose GOAWAY or close_notify these bytes are.
             self.being_verified = False
             self._owner.connection_alive(self)

@@ -1,7 +1,7 @@
 """From an origin to a connected transport: TCP with happy eyeballs or a unix socket, TLS, ALPN.
 
-Proxies (CONNECT, SOCKS) and the HTTP/1.1 fallback would branch off here: `dial` is the one place that decides how an
-origin is reached. Timeouts are the caller's: everything here can be cancelled at any await and then leaves no socket.
+`dial` is the one place that decides how an origin is reached, by a proxy or without. Timeouts are the caller's:
+everything here can be cancelled at any await and then leaves no socket.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 
-from h2keep.errors import ConnectError
+from h2keep.errors import ConnectError, HTTP2NotSupported
+from h2keep.runner.proxy import Tunnel
 from h2keep.runner.tls import Cleartext, SecurityLayer, TLSLayer
+from h2keep.runner.wire import Wire
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+
+    from h2keep.runner.proxy import Proxy
 
 __all__ = ["DialOptions", "Origin", "SocketOption", "Transport", "close_descriptors", "dial"]
 
@@ -32,7 +36,6 @@ SocketOption: TypeAlias = tuple[int, int, int] | tuple[int, int, bytes | bytearr
 _HAPPY_EYEBALLS_DELAY = 0.25
 #: How long to leave a unix socket's full backlog alone, in seconds.
 _BACKLOG_DELAY = 0.02
-_RECEIVE_SIZE = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Origin:
 class DialOptions:
     """How connections are made, the same for all origins."""
 
+    #: Nothing is changed in it but the ALPN protocols, at each connection's beginning.
     ssl_context: ssl.SSLContext
     #: Protocols offered in ALPN, the preferred one first.
     alpn: tuple[str, ...] = ("h2",)
@@ -63,6 +67,8 @@ class DialOptions:
     #: Local address to bind to.
     local_address: str | None = None
     socket_options: tuple[SocketOption, ...] = field(default=())
+    #: The proxy to use for an origin, None for none; then `uds` is of no account.
+    proxy_for: Callable[[Origin], Proxy | None] | None = None
 
 
 @dataclass(slots=True)
@@ -74,22 +80,50 @@ class Transport:
 
 
 async def dial(origin: Origin, options: DialOptions) -> Transport:
-    """Connect to an origin. Raises `ConnectError`, with the reason that the system or OpenSSL gave."""
+    """Connect to an origin.
+
+    Raises `ConnectError`, with the reason that the system or OpenSSL gave; `HTTP2NotSupported` if that is the reason.
+    """
+    proxy = None if options.proxy_for is None else options.proxy_for(origin)
+    wire = await (_reach(origin, options) if proxy is None else _reach_through(proxy, origin, options))
+    try:
+        if origin.scheme == "http":
+            return Transport(wire.socket, wire.secure(Cleartext()))
+        layer = _tls_layer(origin, options)
+        await _handshake(wire, layer, str(origin))
+        _check_alpn(layer, origin, options)
+        return Transport(wire.socket, wire.secure(layer))
+    except BaseException:
+        wire.socket.close()
+        raise
+
+
+async def _reach(origin: Origin, options: DialOptions) -> Wire:
     try:
         sock = await _connect_unix(options.uds, options) if options.uds is not None else await _connect(origin, options)
     except OSError as error:
         where = options.uds or str(origin)
         raise ConnectError(f"cannot connect to {where}: {_reason(error)}") from error
+    return Wire(sock)
+
+
+async def _reach_through(proxy: Proxy, origin: Origin, options: DialOptions) -> Wire:
+    """A tunnel. Raises `ConnectError` if the proxy can't be reached, `ProxyError` if it doesn't do as it is asked."""
     try:
-        if origin.scheme == "http":
-            return Transport(sock, Cleartext())
-        layer = _tls_layer(origin, options)
-        await _handshake(sock, layer, origin)
-        _check_alpn(layer, origin, options)
+        sock = await _connect(Origin(proxy.scheme, proxy.host, proxy.port), options)
+    except OSError as error:
+        raise ConnectError(f"cannot connect to the proxy {proxy} for {origin}: {_reason(error)}") from error
+    try:
+        outer: SecurityLayer = Cleartext()
+        if proxy.scheme == "https":
+            outer = proxy.tls_layer()
+            await _handshake(Wire(sock), outer, f"the proxy {proxy} for {origin}")
+        tunnel = Tunnel(sock, proxy, origin, outer)
+        await tunnel.open()
     except BaseException:
         sock.close()
         raise
-    return Transport(sock, layer)
+    return tunnel
 
 
 async def _connect(origin: Origin, options: DialOptions) -> socket.socket:
@@ -239,56 +273,43 @@ async def _connect_socket(sock: socket.socket, address: object) -> None:
 
 def _tls_layer(origin: Origin, options: DialOptions) -> TLSLayer:
     name = origin.server_hostname or origin.host
+    # Right before it is used: others may share the context, and httpcore sets ALPN whenever it connects.
+    options.ssl_context.set_alpn_protocols(list(options.alpn))
     try:
         return TLSLayer(options.ssl_context, name)
     except ValueError as error:
         raise ConnectError(f"{origin}: {name!r} cannot be a server's name in TLS: {error}") from error
 
 
-async def _handshake(sock: socket.socket, layer: TLSLayer, origin: Origin) -> None:
+async def _handshake(wire: Wire, layer: TLSLayer, name: str) -> None:
     received: bytes | None = None
     try:
         while True:
             outgoing, done = layer.handshake(received)
-            await _send_all(sock, outgoing)
+            await wire.send(outgoing)
             if done:
                 return
-            received = await _receive(sock)
+            received = await wire.receive()
             if received == b"":
-                raise ConnectError(f"{origin}: the server closed the connection during the TLS handshake")
+                raise ConnectError(f"{name}: the server closed the connection during the TLS handshake")
     except ssl.SSLError as error:
         # The alert is a courtesy: a server that is gone already doesn't change why TLS failed.
         with contextlib.suppress(OSError):
-            sock.send(layer.farewell())
+            wire.socket.send(wire.wrap(layer.farewell()))
         hint = "; is this a port for http://?" if error.reason == "WRONG_VERSION_NUMBER" else ""
-        raise ConnectError(f"{origin}: TLS failed: {_reason(error)}{hint}") from error
+        raise ConnectError(f"{name}: TLS failed: {_reason(error)}{hint}") from error
     except OSError as error:
-        raise ConnectError(f"{origin}: the connection failed during the TLS handshake: {_reason(error)}") from error
-
-
-async def _receive(sock: socket.socket) -> bytes:
-    while True:
-        try:
-            return sock.recv(_RECEIVE_SIZE)
-        except BlockingIOError:
-            await anyio.wait_readable(sock)
-
-
-async def _send_all(sock: socket.socket, data: bytes) -> None:
-    while data:
-        try:
-            data = data[sock.send(data) :]
-        except BlockingIOError:
-            await anyio.wait_writable(sock)
+        raise ConnectError(f"{name}: the connection failed during the TLS handshake: {_reason(error)}") from error
 
 
 def _check_alpn(layer: TLSLayer, origin: Origin, options: DialOptions) -> None:
     chosen = layer.ssl_object.selected_alpn_protocol()
     if chosen != "h2":
-        raise ConnectError(
+        raise HTTP2NotSupported(
             f"{origin} does not speak HTTP/2: of the protocols offered in ALPN ({', '.join(options.alpn)}) the server "
             f"chose {chosen or 'none'}. PING keepalive needs HTTP/2: enable it on the server or the proxy before it, "
-            "or use an HTTP/1.1 transport for this origin"
+            "or use an HTTP/1.1 transport for this origin",
+            alpn=chosen,
         )
 
 

@@ -105,6 +105,10 @@ class SecurityLayer(Protocol):
     def failure(self) -> ssl.SSLError | None:
         """What broke TLS, None while nothing did."""
 
+    @property
+    def heard(self) -> bool:
+        """Whether some of what was received last came from beyond the proxy, where there is one (K2)."""
+
     def receive(self, data: bytes) -> tuple[bytes, bool]:
         """Ciphertext in; the plaintext it completes, and whether it is the last: TLS was closed, or broke."""
 
@@ -123,6 +127,7 @@ class Cleartext:
 
     ssl_object: ssl.SSLObject | None = None
     failure: ssl.SSLError | None = None
+    heard = True
 
     def receive(self, data: bytes) -> tuple[bytes, bool]:
         """SecurityLayer."""
@@ -144,6 +149,7 @@ class Cleartext:
 class TLSLayer:
     """The client's side of one TLS connection."""
 
+    heard = True
     #: One TLS record's plaintext: OpenSSL never returns more from one read.
     _RECORD = 16 * 1024
 
