@@ -713,3 +713,36 @@ def test_a_connection_needs_nothing_but_its_arguments() -> None:
     connection = Connection(OFF, random.Random(), 0.0)
     assert connection.data_to_send(10, 0.0).startswith(b"PRI * HTTP/2.0")
     assert not connection.has_data_to_send()
+
+
+def grown_response(process: GrowthBudget) -> tuple[Pair, int]:
+    """A response whose window has grown, complete but for its last byte, which is not read."""
+    pair = Pair(OFF, growth=process, latency=0.1)
+    pair.run(1.0)
+    stream_id = open_response(pair)
+    for _ in range(10):
+        while (room := min(16_384, pair.server.local_flow_control_window(stream_id))) > 0:
+            pair.server.send_data(stream_id, b"x" * room)
+        pair.run(0.15)
+        pair.client.read(stream_id, pair.now)
+        pair.run(0.15)
+    pair.server.send_data(stream_id, b"x", end_stream=True)
+    pair.run(0.3)
+    assert pair.client.open_streams == 0
+    return pair, stream_id
+
+
+@pytest.mark.parametrize("end", ["read", "release", "eof", "close"])
+def test_growth_is_kept_while_an_ended_response_is_unread(end: str) -> None:
+    process = GrowthBudget(CONNECTION_GROWTH)
+    pair, stream_id = grown_response(process)
+    assert process.available < CONNECTION_GROWTH
+    if end == "read":
+        assert pair.client.read(stream_id, pair.now) == b"x"
+    elif end == "release":
+        pair.client.release(stream_id, pair.now)
+    elif end == "eof":
+        pair.client.receive_eof(pair.now)
+    else:
+        pair.client.close(pair.now)
+    assert process.available == CONNECTION_GROWTH

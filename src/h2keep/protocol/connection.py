@@ -667,6 +667,9 @@ class Connection:
         self._held_slots = 0
         for stream in [stream for stream in self._streams.values() if stream.open]:
             self._fail_stream(stream, error.for_request(unprocessed=stream.fields is not None))
+        for stream in self._streams.values():
+            # Unread bytes may be forgotten with the connection; the process's share of growth must not be.
+            stream.window.release()
         self.keepalive.close()
         self._events.append(events.ConnectionClosed(self.error, now))
 

@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["AnyioDriver"]
 
-_READ_SIZE = 256 * 1024
-#: What one wake of the reader may take before others run (K23): bytes, and seconds.
-_READ_TURN = 1024 * 1024
-_READ_TURN_SECONDS = 0.005
+#: What one read may bring, in bytes: less while it takes long to digest, as a flood of tiny frames does, else more.
+_FIRST_READ = 64 * 1024
+_LEAST_READ = 4 * 1024
+_MOST_READ = 256 * 1024
+#: What one wake of the reader or the writer may take before others run (K23): bytes, and seconds.
+_TURN = 1024 * 1024
+_TURN_SECONDS = 0.005
 _NOTSENT_LOWAT: int | None = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 
@@ -106,7 +109,7 @@ class AnyioDriver:
     def _farewell(self) -> None:
         """GOAWAY and close_notify, as far as the kernel takes them."""
         connection = self._connection
-        data = self._unsent + connection.next_write(_READ_TURN) + connection.transport.security.close()
+        data = self._unsent + connection.next_write(_TURN) + connection.transport.security.close()
         if data:
             self._socket.send(data)
 
@@ -140,31 +143,39 @@ class AnyioDriver:
 
     async def _read(self) -> None:
         sock, connection, time = self._socket, self._connection, self._loop.time
-        turn, turn_began = 0, time()
+        size, turn, turn_began = _FIRST_READ, 0, time()
         # What came together with the end of the TLS handshake is no longer in the socket.
         connection.bytes_came(b"")
         while not self._stopped:
             try:
-                data = sock.recv(_READ_SIZE)
+                data = sock.recv(size)
             except BlockingIOError:
                 data = None
             if data == b"":
                 connection.ended()
                 return
+            more = data is not None and len(data) == size
             if data is not None:
+                began = time()
                 connection.bytes_came(data)
                 turn += len(data)
-            if data is None or len(data) < _READ_SIZE:
+                took = time() - began
+                if took > _TURN_SECONDS:
+                    size = max(size // 2, _LEAST_READ)
+                elif more and took < _TURN_SECONDS / 4:
+                    size = min(size * 2, _MOST_READ)
+            if not more:
                 if self._stopped:
                     return
                 await anyio.wait_readable(sock)
                 turn, turn_began = 0, time()
-            elif turn >= _READ_TURN or time() - turn_began >= _READ_TURN_SECONDS:
+            elif turn >= _TURN or time() - turn_began >= _TURN_SECONDS:
                 await checkpoint()
                 turn, turn_began = 0, time()
 
     async def _write(self) -> None:
-        sock, connection = self._socket, self._connection
+        sock, connection, time = self._socket, self._connection, self._loop.time
+        turn, turn_began = 0, time()
         while not self._stopped:
             if not self._unsent:
                 body_before = connection.protocol.body_bytes_sent
@@ -174,16 +185,23 @@ class AnyioDriver:
             if not self._unsent:
                 self._pacer.note_idle()
                 await self._writer.park()
+                turn, turn_began = 0, time()
                 continue
             try:
                 sent = sock.send(self._unsent)
             except BlockingIOError:
                 await anyio.wait_writable(sock)
+                turn, turn_began = 0, time()
                 continue
             self._unsent = self._unsent[sent:]
             self._written += sent
-            if self._pacer.note_written(sent, self._loop.time()):
+            now = time()
+            if self._pacer.note_written(sent, now):
                 self._bound_kernel_buffer()
+            turn += sent
+            if turn >= _TURN or now - turn_began >= _TURN_SECONDS:
+                await checkpoint()
+                turn, turn_began = 0, time()
 
     async def _keep_time(self) -> None:
         connection, time = self._connection, self._loop.time
