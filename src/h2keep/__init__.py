@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from h2keep._install import install, uninstall
     from h2keep.client import AsyncClient, Headers, Response
     from h2keep.errors import (
         ConnectError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         ConnectionLost,
         ConnectTimeout,
         H2KeepError,
+        HTTP2NotSupported,
         LocalProtocolError,
         PingTimeout,
         PoolTimeout,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats
     from h2keep.runner.pool import Limits, Timeout
+    from h2keep.runner.proxy import Proxy
     from h2keep.sync import Client, SyncResponse
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "ConnectionLost",
     "ConnectionStats",
     "H2KeepError",
+    "HTTP2NotSupported",
     "Headers",
     "Keepalive",
     "Limits",
@@ -51,6 +55,7 @@ __all__ = [
     "PingTimeout",
     "PoolTimeout",
     "ProtocolError",
+    "Proxy",
     "ProxyError",
     "ReadError",
     "ReadTimeout",
@@ -62,13 +67,17 @@ __all__ = [
     "UnsupportedProtocol",
     "WriteError",
     "WriteTimeout",
+    "install",
+    "uninstall",
 ]
 
 _HOMES = {
+    "h2keep._install": ("install", "uninstall"),
     "h2keep.client": ("AsyncClient", "Headers", "Response"),
     "h2keep.keepalive": ("Keepalive",),
     "h2keep.runner.connection": ("ConnectionStats",),
     "h2keep.runner.pool": ("Limits", "Timeout"),
+    "h2keep.runner.proxy": ("Proxy",),
     "h2keep.sync": ("Client", "SyncResponse"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -9,25 +9,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from h2keep import errors
 from h2keep._connections import Connections
+from h2keep._proxies import always, from_environment
 from h2keep.protocol.headers import CONNECTION_SPECIFIC
 from h2keep.runner.dial import Origin, SocketOption
 from h2keep.runner.pool import Limits, Timeout
+from h2keep.runner.proxy import Proxy
 
 if TYPE_CHECKING:
     import ssl
     from types import ModuleType, TracebackType
 
+    from h2keep._proxies import ProxyFor
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
     from h2keep.runner.stream import Http2Stream
 
-__all__ = ["AsyncTransport", "Library", "Transport"]
+__all__ = ["AsyncBridge", "AsyncTransport", "Bridge", "Library", "Parts", "Requests", "Transport"]
 
 _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
@@ -38,6 +43,8 @@ _CLOSING = "http2.response_closed"
 Trace: TypeAlias = Callable[[str, dict[str, Any]], Awaitable[None]]
 BlockingTrace: TypeAlias = Callable[[str, dict[str, Any]], None]
 AnyStream: TypeAlias = "Http2Stream | AwaitableExchange | BlockingExchange"
+#: A request as `Connections` wants it: method, origin, authority, target, fields, body, timeout.
+Parts: TypeAlias = tuple[bytes, Origin, bytes, bytes, list[tuple[bytes, bytes]], Any, Timeout]
 
 
 class Library:
@@ -53,6 +60,22 @@ class Library:
             "BlockingResponseStream", (_BlockingResponseStream, module.SyncByteStream), {"library": self}
         )
         self._classes: dict[type[errors.H2KeepError], type[errors.H2KeepError]] = {}
+
+    def whole(self, body: Any) -> Any:
+        """A request's body as bytes where it is known in full, else as it is."""
+        return b"".join(body) if isinstance(body, self.module.ByteStream) else body
+
+    def proxy_for(self, proxy: Any, *, trust_env: bool) -> ProxyFor | None:
+        """The proxy of each origin: the one given, as the library's transports take it, else the environment's."""
+        make_context = functools.partial(self.module.create_ssl_context, trust_env=trust_env)
+        if proxy is None:
+            return from_environment(make_context, networks=self.name != "httpx") if trust_env else None
+        if isinstance(proxy, (str, self.module.URL)):
+            proxy = self.module.Proxy(proxy)
+        if isinstance(proxy, self.module.Proxy):
+            headers, context = proxy.headers.raw, proxy.ssl_context
+            proxy = Proxy(str(proxy.url), auth=proxy.auth, headers=headers, ssl_context=context)
+        return always(proxy, make_context)
 
     def translate(self, error: errors.H2KeepError) -> errors.H2KeepError:
         """The same error as an instance of both families, with its message, attributes, cause and context."""
@@ -102,7 +125,7 @@ class Library:
 def _restore(library: str, kind: type[errors.H2KeepError], args: tuple[Any, ...]) -> errors.H2KeepError:
     front_door = importlib.import_module(f"h2keep.{library}")
     bare = kind.__new__(kind, *args)
-    translated: errors.H2KeepError = front_door.AsyncKeepaliveTransport._library.translate(bare)  # noqa: SLF001
+    translated: errors.H2KeepError = front_door.library.translate(bare)
     return translated
 
 
@@ -116,6 +139,11 @@ class _ResponseStream:
         self._request = request
         self._trace = trace
         self._started = False
+
+    def __del__(self, is_finalizing: Any = sys.is_finalizing) -> None:
+        # Forgotten before its end: its stream would stay open for ever.
+        if not is_finalizing():
+            self._stream.give_up()
 
     def __aiter__(self) -> Self:
         return self
@@ -149,6 +177,11 @@ class _BlockingResponseStream:
         self._stream = stream
         self._request = request
         self._trace = trace
+
+    def __del__(self, is_finalizing: Any = sys.is_finalizing) -> None:
+        # As above.
+        if not is_finalizing():
+            self._stream.give_up()
 
     def __iter__(self) -> Iterator[bytes]:
         trace = self._trace
@@ -195,96 +228,23 @@ class NetworkStream:
         return None
 
 
-class _Transport:
-    """A transport whose HTTP/2 connections stay alive.
-
-    Takes the arguments of httpx's own, so that replacing the class name is the whole migration, and:
-
-    * `keepalive`: when to send PINGs, and when to give a connection up (K1).
-    * `engine`: the HTTP/2 codec; "h2" is the one there is.
-    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20), in the
-      context (contextvars) in which the transport was made.
-    * `run_in_thread`, for asynchronous transports: connections live on a background thread's event loop, so that PINGs
-      go on while the application blocks its own.
-
-    `limits` that are given are obeyed, httpx's keepalive_expiry of 5 s included; without any, connections are kept for
-    300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
-    Raises ValueError for what this version doesn't do: `proxy`, `retries`, `http2=False`.
-    """
+class Requests(ABC):
+    """Requests of one kind, and responses to match: httpx's own, or those of httpcore beneath it."""
 
     _library: Library
+    _connections: Connections
 
-    def __init__(
-        self,
-        verify: ssl.SSLContext | str | bool = True,
-        cert: Any = None,
-        trust_env: bool = True,
-        http1: bool = True,
-        http2: bool = True,
-        limits: Any = None,
-        proxy: Any = None,
-        uds: str | None = None,
-        local_address: str | None = None,
-        retries: int = 0,
-        socket_options: Iterable[SocketOption] | None = None,
-        *,
-        keepalive: Keepalive | None = None,
-        engine: str = "h2",
-        event_hook: EventHook | None = None,
-        run_in_thread: bool = False,
-    ) -> None:
-        if not http2:
-            raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
-        if proxy is not None:
-            raise ValueError(f"proxy: {proxy!r}: this version of h2keep cannot use proxies")
-        if retries:
-            raise ValueError(f"retries: {retries!r}: this version of h2keep does not retry connecting")
-        context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
-        self._connections = Connections(
-            context,
-            keepalive=keepalive,
-            engine=engine,
-            limits=None
-            if limits is None
-            else Limits(limits.max_connections, limits.max_keepalive_connections, limits.keepalive_expiry),
-            http1=http1,
-            uds=uds,
-            local_address=local_address,
-            socket_options=socket_options,
-            event_hook=event_hook,
-            run_in_thread=run_in_thread,
-        )
-
-    def _parts(self, request: Any) -> tuple[bytes, Origin, bytes, bytes, list[tuple[bytes, bytes]], Any, Timeout]:
+    @abstractmethod
+    def _parts(self, request: Any) -> Parts:
         """What `Connections` wants to know of a request."""
-        authority, fields = _split_host(request.headers.raw)
-        body = request.stream
-        return (
-            request.method.encode("ascii", "replace"),
-            _origin_of(request),
-            authority or request.url.netloc,
-            request.url.raw_path,
-            fields,
-            b"".join(body) if isinstance(body, self._library.module.ByteStream) else body,
-            _timeout(request.extensions.get("timeout")),
-        )
 
+    @abstractmethod
     def _response(self, stream: AnyStream, body: Any) -> Any:
-        return self._library.module.Response(
-            status_code=stream.status,
-            headers=stream.headers,
-            stream=body,
-            extensions={
-                "http_version": b"HTTP/2",
-                "stream_id": stream.id,
-                "network_stream": NetworkStream(stream),
-                "h2keep": stream.connection.stats,
-            },
-        )
+        """A response whose body is one of the library's response streams."""
 
 
-class AsyncTransport(_Transport):
-    """`_Transport` as an `AsyncBaseTransport`; usable from several event loops, each with connections of its own."""
+class AsyncBridge(Requests):
+    """Requests out and responses in, for whoever has connections; usable from several event loops."""
 
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
@@ -317,8 +277,8 @@ class AsyncTransport(_Transport):
         await self.aclose()
 
 
-class Transport(_Transport):
-    """`_Transport` as a `BaseTransport`, for any number of threads; the connections live on a background thread."""
+class Bridge(Requests):
+    """The same for any number of threads; the connections live on a background thread."""
 
     def handle_request(self, request: Any) -> Any:
         """BaseTransport."""
@@ -353,12 +313,114 @@ class Transport(_Transport):
         self.close()
 
 
+class _Transport(Requests):
+    """A transport whose HTTP/2 connections stay alive.
+
+    Takes the arguments of httpx's own, so that replacing the class name is the whole migration, and:
+
+    * `keepalive`: when to send PINGs, and when to give a connection up (K1).
+    * `engine`: the HTTP/2 codec; "h2" is the one there is.
+    * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20), in the
+      context (contextvars) in which the transport was made.
+    * `run_in_thread`, for asynchronous transports: connections live on a background thread's event loop, so that PINGs
+      go on while the application blocks its own.
+
+    `limits` that are given are obeyed, httpx's keepalive_expiry of 5 s included; without any, connections are kept for
+    300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
+    Without `proxy`, and unless `uds` is given, `trust_env` has the proxies of the environment used: the library's
+    client reads these variables no more when it is given a transport. Raises ValueError for what this version doesn't
+    do: `retries`, `http2=False`.
+    """
+
+    def __init__(
+        self,
+        verify: ssl.SSLContext | str | bool = True,
+        cert: Any = None,
+        trust_env: bool = True,
+        http1: bool = True,
+        http2: bool = True,
+        limits: Any = None,
+        proxy: Any = None,
+        uds: str | None = None,
+        local_address: str | None = None,
+        retries: int = 0,
+        socket_options: Iterable[SocketOption] | None = None,
+        *,
+        keepalive: Keepalive | None = None,
+        engine: str = "h2",
+        event_hook: EventHook | None = None,
+        run_in_thread: bool = False,
+    ) -> None:
+        if not http2:
+            raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
+        if retries:
+            raise ValueError(f"retries: {retries!r}: this version of h2keep does not retry connecting")
+        context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
+        self._connections = Connections(
+            context,
+            keepalive=keepalive,
+            engine=engine,
+            limits=None if limits is None else limits_of(limits),
+            http1=http1,
+            uds=uds,
+            local_address=local_address,
+            socket_options=socket_options,
+            event_hook=event_hook,
+            run_in_thread=run_in_thread,
+            proxy_for=self._library.proxy_for(proxy, trust_env=trust_env and uds is None),
+        )
+
+    def _parts(self, request: Any) -> Parts:
+        authority, fields = split_host(request.headers.raw)
+        url, extensions = request.url, request.extensions
+        return (
+            request.method.encode("ascii", "replace"),
+            origin_of(url.scheme, url.raw_host, url.port, extensions.get("sni_hostname")),
+            authority or url.netloc,
+            url.raw_path,
+            fields,
+            self._library.whole(request.stream),
+            timeout_of(extensions.get("timeout")),
+        )
+
+    def _response(self, stream: AnyStream, body: Any) -> Any:
+        return self._library.module.Response(
+            status_code=stream.status,
+            headers=stream.headers,
+            stream=body,
+            extensions=extensions_of(stream),
+        )
+
+
+class AsyncTransport(_Transport, AsyncBridge):
+    """`_Transport` as an `AsyncBaseTransport`; usable from several event loops, each with connections of its own."""
+
+
+class Transport(_Transport, Bridge):
+    """`_Transport` as a `BaseTransport`, for any number of threads; the connections live on a background thread."""
+
+
 async def _tell(trace: Trace | None, event: str, **info: Any) -> None:
     if trace is not None:
         await trace(event, info)
 
 
-def _split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[tuple[bytes, bytes]]]:
+def extensions_of(stream: AnyStream) -> dict[str, Any]:
+    """The response's extensions."""
+    return {
+        "http_version": b"HTTP/2",
+        "stream_id": stream.id,
+        "network_stream": NetworkStream(stream),
+        "h2keep": stream.connection.stats,
+    }
+
+
+def limits_of(given: Any) -> Limits:
+    """httpx's limits as ours. Raises `ValueError` for such as make no sense."""
+    return Limits(given.max_connections, given.max_keepalive_connections, given.keepalive_expiry)
+
+
+def split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[tuple[bytes, bytes]]]:
     """The Host field's value, and the fields that HTTP/2 carries: httpx writes requests for HTTP/1.1."""
     host = None
     fields = []
@@ -371,20 +433,16 @@ def _split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[
     return host, fields
 
 
-def _timeout(given: Mapping[str, float | None] | None) -> Timeout:
+def timeout_of(given: Mapping[str, float | None] | None) -> Timeout:
     """The `timeout` extension: what it doesn't name waits for ever, as in httpx."""
     if given is None:
         return _NO_TIMEOUT
     return Timeout(given.get("connect"), given.get("read"), given.get("write"), given.get("pool"))
 
 
-def _origin_of(request: Any) -> Origin:
-    url = request.url
-    return _origin(url.scheme, url.raw_host, url.port, request.extensions.get("sni_hostname"))
-
-
 @functools.lru_cache(maxsize=256)
-def _origin(scheme: str, raw_host: bytes, port: int | None, server_hostname: str | None) -> Origin:
+def origin_of(scheme: str, raw_host: bytes, port: int | None, server_hostname: str | None) -> Origin:
+    """The origin. Raises `UnsupportedProtocol` for a URL that leads nowhere."""
     if not scheme:
         raise errors.UnsupportedProtocol("url: it must begin with 'https://' or 'http://', and name a host")
     if scheme not in ("http", "https"):

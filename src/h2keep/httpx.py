@@ -11,16 +11,17 @@ from h2keep._transport import AsyncTransport, Library, Transport
 
 __all__ = ["AsyncKeepaliveTransport", "KeepaliveTransport"]
 
-_library = Library(httpx)
+#: One set of exceptions for all that stands on httpx.
+library = Library(httpx)
 
 
 class AsyncKeepaliveTransport(AsyncTransport, httpx.AsyncBaseTransport):
     """AsyncHTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
 
-    _library = _library
+    _library = library
 
 
 class KeepaliveTransport(Transport, httpx.BaseTransport):
     """HTTPTransport with HTTP/2 connections that stay alive; for its arguments see `h2keep._transport`."""
 
-    _library = _library
+    _library = library

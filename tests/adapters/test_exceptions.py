@@ -30,6 +30,7 @@ COUNTERPARTS = {
     "ConnectionGoingAway": "RemoteProtocolError",
     "ConnectionLost": "ReadError",
     "H2KeepError": "TransportError",
+    "HTTP2NotSupported": "ConnectError",
     "LocalProtocolError": "LocalProtocolError",
     "PingTimeout": "ReadError",
     "PoolTimeout": "PoolTimeout",
@@ -44,6 +45,7 @@ COUNTERPARTS = {
     "WriteTimeout": "WriteTimeout",
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "HTTP2NotSupported": {"alpn": "http/1.1"},
     "ConnectionLost": {"last_life": 1.0, "ping_sent_at": None, "rtt": 0.1},
     "PingTimeout": {"last_life": 1.0, "ping_sent_at": 31.0, "rtt": None},
     "StreamReset": {"error_code": 7},
@@ -183,8 +185,10 @@ class TestConnecting:
         old.load_cert_chain(cert_path, key_path)
         async with RawServer.listen(old) as server, library.client(verify=client_ssl, http1=False) as client:
             server.serve(answering())
-            with raises(library, "ConnectError", "does not speak HTTP/2: .*ALPN"):
+            with raises(library, "HTTP2NotSupported", "does not speak HTTP/2: .*ALPN") as caught:
                 await client.get(server.url)
+        assert caught.value.alpn is None
+        assert caught.value.unprocessed
 
     @virtual_time
     async def test_a_tls_handshake_that_nobody_answers(self, library: Library, client_ssl: ssl.SSLContext) -> None:

@@ -57,6 +57,7 @@ _COMMANDS = {
     entry.name: entry
     for entry in [
         _Entry("demo", "demo", "See a connection forgotten, and one kept alive, side by side."),
+        _Entry("run", "cli", "Run a program as it is, with HTTP/2 connections that stay alive."),
     ]
 }
 
