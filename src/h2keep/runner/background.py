@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from h2keep.runner.pool import Pool
 
-__all__ = ["BackgroundLoop", "Lease", "lease"]
+__all__ = ["BackgroundLoop", "Lease", "lease", "refuse_to_wait"]
 
 #: How long the thread's end is waited for, in seconds: at exit, a fork, and the last client's close.
 _PATIENCE = 1.0
@@ -36,6 +36,7 @@ _lock = threading.Lock()
 _current: BackgroundLoop | None = None
 #: Every loop that has a thread: the current one, and those that are ending.
 _loops: set[BackgroundLoop] = set()
+_here = threading.local()
 #: What each fork that is under way has paused.
 _paused: list[list[BackgroundLoop]] = []
 
@@ -52,6 +53,12 @@ def lease(make_pool: Callable[[], Pool]) -> Lease:
         share = Lease(_current, make_pool)
         _current.leases.add(share)
     return share
+
+
+def refuse_to_wait() -> None:
+    """Raise RuntimeError where nobody may wait for the background loop: in its own thread."""
+    if getattr(_here, "is_background", False):
+        raise RuntimeError("a hook that runs on h2keep's background thread can't wait for a response: it is in the way")
 
 
 class Lease:
@@ -235,6 +242,7 @@ class BackgroundLoop:
         self._has_thread = True
 
     def _run(self) -> None:
+        _here.is_background = True
         while not self.ending:
             try:
                 self._asyncio.run_forever()

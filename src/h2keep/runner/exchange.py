@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from h2keep.errors import ConnectError, H2KeepError, ReadError, WriteError
-from h2keep.runner import eventloop
+from h2keep.runner import background, eventloop
 from h2keep.runner.upload import checked, pump
 
 if TYPE_CHECKING:
@@ -358,8 +358,7 @@ class BlockingExchange(Exchange):
 
     def _wait(self, job: Callable[[], None]) -> None:
         """Wait for whatever comes next; the job tells the loop so, which starts the read clock (K21)."""
-        if self._loop.is_current():
-            raise RuntimeError("a hook that runs on h2keep's background loop can't wait for that same loop")
+        background.refuse_to_wait()
         self._waiting = True
         self._post(job)
         if self._blocked() and not self._can_pull():
