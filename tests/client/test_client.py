@@ -38,7 +38,7 @@ async def server(leak_check: None) -> AsyncIterator[RawServer]:
 @pytest.fixture
 async def client(leak_check: None) -> AsyncIterator[h2keep.AsyncClient]:
     """A client for h2c, without timeouts."""
-    async with h2keep.AsyncClient(http1=False, timeout=None) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, timeout=None) as client:
         yield client
 
 
@@ -251,7 +251,7 @@ async def test_urls_become_authority_and_path(tmp_path: Path) -> None:
             seen.append(request.headers)
             await peer.respond(request.stream_id)
 
-    async with RawServer.listen(uds=uds) as server, h2keep.AsyncClient(http1=False, uds=uds) as client:
+    async with RawServer.listen(uds=uds) as server, h2keep.AsyncClient(http1=False, verify=False, uds=uds) as client:
         server.serve(handler)
         for url, authority, path in URLS:
             await client.get(url)
@@ -588,7 +588,7 @@ async def test_k21_timeouts_are_the_clients_unless_the_request_has_its_own(
     server: RawServer, for_client: Any, for_request: Any, seconds: float | None
 ) -> None:
     server.serve(answering(delay=1000.0))
-    async with h2keep.AsyncClient(http1=False, timeout=for_client) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, timeout=for_client) as client:
         began = anyio.current_time()
         if seconds is None:
             assert (await client.get(server.url, timeout=for_request)).content == b"ok"
@@ -622,7 +622,7 @@ async def test_k20_the_event_hook_sees_a_connections_life(server: RawServer) -> 
         seen.append((stats.origin, type(event).__name__))
 
     server.serve(answering())
-    async with h2keep.AsyncClient(http1=False, event_hook=hook) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, event_hook=hook) as client:
         await client.get(server.url)
         assert seen == [(server.url, "ConnectionReady")]
     assert seen == [(server.url, "ConnectionReady"), (server.url, "ConnectionClosed")]

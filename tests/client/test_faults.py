@@ -32,40 +32,41 @@ async def server(leak_check: None) -> AsyncIterator[RawServer]:
 @pytest.fixture
 async def client(leak_check: None) -> AsyncIterator[h2keep.AsyncClient]:
     """A client for h2c, without timeouts."""
-    async with h2keep.AsyncClient(http1=False, timeout=None) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, timeout=None) as client:
         yield client
 
+
+#: Arguments, and what is raised for them.
+Bad = tuple[dict[str, Any], type[Exception], str]
 
 # Arguments of the client
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"verify": "/nowhere/ca.pem"}, OSError, r"^verify: '/nowhere/ca.pem' is neither a file nor a directory$"),
-        ({"verify": None}, TypeError, r"^verify: None is neither"),
-        ({"cert": "/nowhere/cert.pem"}, OSError, r"cert: .*'/nowhere/cert.pem'"),
-        ({"engine": "h3"}, ValueError, r"^engine: 'h3' is not one of: 'h2'"),
-        ({"engine": None}, ValueError, r"^engine: None is not one of: 'h2'"),
-        ({"keepalive": 30.0}, TypeError, r"^keepalive: 30.0 is not a Keepalive$"),
-        ({"keepalive": True}, TypeError, r"^keepalive: True is not a Keepalive$"),
-        ({"limits": 10}, TypeError, r"^limits: 10 is not a Limits$"),
-        ({"timeout": "5"}, ValueError, r"^timeout: connect must be None or a number of seconds from 0 on, not '5'$"),
-        ({"timeout": -1}, ValueError, r"^timeout: connect must be .* not -1$"),
-        ({"uds": 5}, TypeError, r"^uds: 5 is not a str$"),
-        ({"local_address": "eth0"}, ValueError, r"^local_address: 'eth0' is not an IP address$"),
-        ({"local_address": "127.0.0.1:80"}, ValueError, r"^local_address: '127.0.0.1:80' is not"),
-        ({"socket_options": [(1, 2)]}, TypeError, r"^socket_options: \(1, 2\) is not \(level, name, value\)$"),
-        ({"headers": {"x": 5}}, TypeError, r"^headers: 5 is neither str nor bytes$"),
-        ({"headers": "x: y"}, TypeError, r"^headers: 'x: y' is neither a mapping nor pairs of names and values$"),
-        ({"headers": None}, TypeError, r"^headers: None is neither a mapping"),
-    ],
-)
-async def test_a_client_refuses_arguments_by_name(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        h2keep.AsyncClient(**arguments)
+BAD_ARGUMENTS: list[Bad] = [
+    ({"verify": "/nowhere/ca.pem"}, OSError, r"^verify: '/nowhere/ca.pem' is neither a file nor a directory$"),
+    ({"verify": None}, TypeError, r"^verify: None is neither"),
+    ({"cert": "/nowhere/cert.pem"}, OSError, r"cert: .*'/nowhere/cert.pem'"),
+    ({"engine": "h3"}, ValueError, r"^engine: 'h3' is not one of: 'h2'"),
+    ({"engine": None}, ValueError, r"^engine: None is not one of: 'h2'"),
+    ({"keepalive": 30.0}, TypeError, r"^keepalive: 30.0 is not a Keepalive$"),
+    ({"keepalive": True}, TypeError, r"^keepalive: True is not a Keepalive$"),
+    ({"limits": 10}, TypeError, r"^limits: 10 is not a Limits$"),
+    ({"timeout": "5"}, ValueError, r"^timeout: connect must be None or a number of seconds from 0 on, not '5'$"),
+    ({"timeout": -1}, ValueError, r"^timeout: connect must be .* not -1$"),
+    ({"uds": 5}, TypeError, r"^uds: 5 is not a str$"),
+    ({"local_address": "eth0"}, ValueError, r"^local_address: 'eth0' is not an IP address$"),
+    ({"local_address": "127.0.0.1:80"}, ValueError, r"^local_address: '127.0.0.1:80' is not"),
+    ({"socket_options": [(1, 2)]}, TypeError, r"^socket_options: \(1, 2\) is not \(level, name, value\)$"),
+    ({"headers": {"x": 5}}, TypeError, r"^headers: 5 is neither str nor bytes$"),
+    ({"headers": "x: y"}, TypeError, r"^headers: 'x: y' is neither a mapping nor pairs of names and values$"),
+    ({"headers": None}, TypeError, r"^headers: None is neither a mapping"),
+]
+
+
+async def test_a_client_refuses_arguments_by_name() -> None:
+    for arguments, error, message in BAD_ARGUMENTS:
+        with pytest.raises(error, match=message):
+            h2keep.AsyncClient(**{"verify": False, **arguments})
 
 
 async def test_a_certificate_beside_a_context_is_refused(client_ssl: ssl.SSLContext) -> None:
@@ -111,50 +112,47 @@ async def test_limits_are_none_or_numbers() -> None:
 # Arguments of a request
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("ftp://example.com", r"'ftp://example.com' must begin with https:// or http://"),
-        ("example.com/path", r"'example.com/path' must begin with https:// or http://"),
-        ("/path", r"'/path' must begin"),
-        ("", r"'' must begin"),
-        ("https:example.com", r"names no host"),
-        ("https://", r"'https://' names no host"),
-        ("https:///path", r"names no host"),
-        ("https://:443/", r"names no host"),
-        ("https://example.com:0/", r"nothing can listen on port 0"),
-        ("https://example.com:99999/", r"'https://example.com:99999/': Port out of range 0-65535"),
-        ("https://example.com:-1/", r"Port"),
-        ("https://example.com:http/", r"Port could not be cast to integer value as 'http'"),
-        ("https://[::1/", r"Invalid IPv6 URL"),
-        ("https://example.com/\r\nx: y", r"holds control characters"),
-        ("https://exam\tple.com/", r"holds control characters"),
-        ("https://example.com/\x00", r"holds control characters"),
-        ("https://ü" + "x" * 70 + ".example/", r"is not a valid host name"),
-    ],
-)
-async def test_a_url_that_leads_nowhere_is_refused(client: h2keep.AsyncClient, url: str, message: str) -> None:
-    with pytest.raises(h2keep.UnsupportedProtocol, match=rf"^url: .*{message}") as caught:
-        await client.get(url)
-    assert caught.value.unprocessed
+BAD_URLS: list[tuple[str, str]] = [
+    ("ftp://example.com", r"'ftp://example.com' must begin with https:// or http://"),
+    ("example.com/path", r"'example.com/path' must begin with https:// or http://"),
+    ("/path", r"'/path' must begin"),
+    ("", r"'' must begin"),
+    ("https:example.com", r"names no host"),
+    ("https://", r"'https://' names no host"),
+    ("https:///path", r"names no host"),
+    ("https://:443/", r"names no host"),
+    ("https://example.com:0/", r"nothing can listen on port 0"),
+    ("https://example.com:99999/", r"'https://example.com:99999/': Port out of range 0-65535"),
+    ("https://example.com:-1/", r"Port"),
+    ("https://example.com:http/", r"Port could not be cast to integer value as 'http'"),
+    ("https://[::1/", r"Invalid IPv6 URL"),
+    ("https://example.com/\r\nx: y", r"holds control characters"),
+    ("https://exam\tple.com/", r"holds control characters"),
+    ("https://example.com/\x00", r"holds control characters"),
+    ("https://ü" + "x" * 70 + ".example/", r"is not a valid host name"),
+]
 
 
-@pytest.mark.parametrize(
-    "url", ["https://user:hunter2@example.com/", "https://hunter2@example.com:bad/", "ftp://user:hunter2@example.com"]
-)
-async def test_a_password_in_a_url_is_refused_and_not_repeated(client: h2keep.AsyncClient, url: str) -> None:
-    with pytest.raises(h2keep.UnsupportedProtocol, match="use an Authorization header") as caught:
-        await client.get(url)
-    assert "hunter2" not in str(caught.value)
+async def test_a_url_that_leads_nowhere_is_refused(client: h2keep.AsyncClient) -> None:
+    for url, message in BAD_URLS:
+        with pytest.raises(h2keep.UnsupportedProtocol, match=rf"^url: .*{message}") as caught:
+            await client.get(url)
+        assert caught.value.unprocessed
 
 
-@pytest.mark.parametrize("url", [b"https://example.com", None, 5])
-async def test_a_url_of_another_type_is_refused(client: h2keep.AsyncClient, url: Any) -> None:
-    with pytest.raises(TypeError, match=r"^url: .* is not a str$"):
-        await client.get(url)
+async def test_a_password_in_a_url_is_refused_and_not_repeated(client: h2keep.AsyncClient) -> None:
+    for url in ("https://user:hunter2@example.com/", "https://hunter2@example.com:bad/", "ftp://u:hunter2@example.com"):
+        with pytest.raises(h2keep.UnsupportedProtocol, match="use an Authorization header") as caught:
+            await client.get(url)
+        assert "hunter2" not in str(caught.value)
 
 
-Bad = tuple[dict[str, Any], type[Exception], str]
+async def test_a_url_of_another_type_is_refused(client: h2keep.AsyncClient) -> None:
+    others: tuple[Any, ...] = (b"https://example.com", None, 5)
+    for url in others:
+        with pytest.raises(TypeError, match=r"^url: .* is not a str$"):
+            await client.get(url)
+
 
 BAD_REQUESTS: list[Bad] = [
     ({"method": "GE T"}, h2keep.LocalProtocolError, r"^method: b'GE T' is not a token"),
@@ -532,7 +530,7 @@ async def test_a_hook_that_raises_hurts_no_request(server: RawServer, caplog: py
         raise ZeroDivisionError("mine")
 
     server.serve(answering())
-    async with h2keep.AsyncClient(http1=False, event_hook=hook) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, event_hook=hook) as client:
         assert (await client.get(server.url)).content == b"ok"
         assert (await client.get(server.url)).content == b"ok"
     assert len(server.peers) == 1

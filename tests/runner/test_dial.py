@@ -251,7 +251,10 @@ async def test_the_sockets_options_are_set() -> None:
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, b"\7\0\0\0"),
     ]
-    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, socket_options=wanted) as client:
+    async with (
+        RawServer.listen() as server,
+        h2keep.AsyncClient(http1=False, verify=False, socket_options=wanted) as client,
+    ):
         server.serve(answering())
         response = await client.get(server.url)
         sock = response._stream.connection.transport.socket
@@ -262,7 +265,7 @@ async def test_the_sockets_options_are_set() -> None:
 
 
 async def test_k5_the_kernel_may_hold_little_that_is_not_sent() -> None:
-    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False) as client:
+    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, verify=False) as client:
         server.serve(answering())
         response = await client.get(server.url)
         sock = response._stream.connection.transport.socket
@@ -271,20 +274,23 @@ async def test_k5_the_kernel_may_hold_little_that_is_not_sent() -> None:
 
 async def test_an_option_that_the_kernel_refuses_is_named() -> None:
     host, port = refused()
-    async with h2keep.AsyncClient(http1=False, socket_options=[(socket.SOL_SOCKET, 9999, 1)]) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, socket_options=[(socket.SOL_SOCKET, 9999, 1)]) as client:
         with pytest.raises(h2keep.ConnectError, match=r"socket option \(1, 9999, 1\): Protocol not available"):
             await client.get(f"http://{host}:{port}")
 
 
 async def test_the_local_address_is_bound() -> None:
-    async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, local_address="127.0.0.3") as client:
+    async with (
+        RawServer.listen() as server,
+        h2keep.AsyncClient(http1=False, verify=False, local_address="127.0.0.3") as client,
+    ):
         server.serve(answering())
         await client.get(server.url)
         assert server.peers[0].sock.getpeername()[0] == "127.0.0.3"
 
 
 async def test_a_local_address_of_the_other_family_is_a_connect_error() -> None:
-    async with h2keep.AsyncClient(http1=False, local_address="::1") as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, local_address="::1") as client:
         with pytest.raises(h2keep.ConnectError, match=r"cannot connect to http://127.0.0.1:"):
             await client.get(f"http://127.0.0.1:{refused()[1]}")
 
@@ -308,7 +314,7 @@ async def test_a_unix_socket_in_the_place_of_tcp(
 
 async def test_a_unix_socket_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    async with h2keep.AsyncClient(http1=False, uds=path) as client:
+    async with h2keep.AsyncClient(http1=False, verify=False, uds=path) as client:
         with pytest.raises(h2keep.ConnectError, match=f"cannot connect to {path}: No such file or directory"):
             await client.get("http://localhost")
 
@@ -318,7 +324,7 @@ async def test_a_unix_sockets_full_backlog_is_waited_for(tmp_path: Path) -> None
     async with RawServer.listen(uds=path, backlog=0) as server:
         filler = socket.socket(socket.AF_UNIX)
         filler.connect(path)
-        async with h2keep.AsyncClient(http1=False, uds=path, timeout=None) as client:
+        async with h2keep.AsyncClient(http1=False, verify=False, uds=path, timeout=None) as client:
             answers = []
 
             async def get() -> None:
@@ -339,7 +345,7 @@ async def test_a_unix_sockets_full_backlog_runs_into_the_connect_timeout(tmp_pat
     async with RawServer.listen(uds=path, backlog=0):
         with socket.socket(socket.AF_UNIX) as filler:
             filler.connect(path)
-            async with h2keep.AsyncClient(http1=False, uds=path) as client:
+            async with h2keep.AsyncClient(http1=False, verify=False, uds=path) as client:
                 with pytest.raises(h2keep.ConnectTimeout, match=r"5.0 s \(connect timeout\)"):
                     await client.get("http://localhost")
 
@@ -564,7 +570,9 @@ async def test_cancelling_the_handshake_leaves_no_socket(options: DialOptions) -
 @virtual_time
 async def test_the_connect_timeout_covers_tcp() -> None:
     with black_hole() as hole:
-        async with h2keep.AsyncClient(http1=False, timeout=h2keep.Timeout(connect=3.0, read=None)) as client:
+        async with h2keep.AsyncClient(
+            http1=False, verify=False, timeout=h2keep.Timeout(connect=3.0, read=None)
+        ) as client:
             began = anyio.current_time()
             with pytest.raises(h2keep.ConnectTimeout, match=r"3.0 s \(connect timeout\)") as caught:
                 await client.get("http://{}:{}".format(*hole))
@@ -616,7 +624,7 @@ async def test_without_a_connect_timeout_the_servers_settings_may_take_their_tim
     timeout = h2keep.Timeout(connect=None, read=None)
     async with (
         RawServer.listen() as server,
-        h2keep.AsyncClient(http1=False, timeout=timeout) as client,
+        h2keep.AsyncClient(http1=False, verify=False, timeout=timeout) as client,
         anyio.create_task_group() as tasks,
     ):
 
