@@ -185,13 +185,12 @@ class Peer:
     async def receive_bytes(self) -> bytes:
         """Bytes as they come, decrypted; b"" at their end. Only before `handshake`, which reads all that follows."""
         while True:
-            data = await self._receive_ciphertext()
-            if self._tls is None or not data:
-                return data
-            self._tls_in.write(data)
+            if self._tls is None:
+                return await self._receive_ciphertext()
             plain = bytearray()
             ended = False
             try:
+                # At once, too: the first bytes may have come together with the end of the handshake.
                 while piece := self._tls.read(_CHUNK):
                     plain += piece
                 # The client's close_notify is an empty read, or an error once we have sent our own.
@@ -205,6 +204,10 @@ class Peer:
             self._put(self._tls_out.read())
             if plain or ended:
                 return bytes(plain)
+            data = await self._receive_ciphertext()
+            if not data:
+                return data
+            self._tls_in.write(data)
 
     async def _receive_ciphertext(self) -> bytes:
         while self.sock.fileno() != -1:

@@ -373,8 +373,17 @@ class Tunnel(Wire):
         """Wire."""
         return self._outer.encrypt(data)
 
-    async def receive(self) -> bytes:
+    async def send(self, data: bytes) -> None:
         """Wire. Raises `ProxyError` if the tunnel ends before anything came through it."""
+        try:
+            await super().send(data)
+        except OSError as error:
+            if self._is_silent:
+                raise self._dropped() from error
+            raise
+
+    async def receive(self) -> bytes:
+        """Wire. Raises as `send`."""
         try:
             data = await self._receive()
         except OSError as error:
