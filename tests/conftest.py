@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import ssl
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest_plugins = ["support.coverage_gate", "support.leaks", "support.servers"]
+
+
+def pytest_configure() -> None:
+    """Servers on loopback are reached directly, whatever the machine's own settings."""
+    for name in list(os.environ):
+        if name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+            del os.environ[name]
 
 
 @pytest.fixture(params=REAL_BACKENDS)

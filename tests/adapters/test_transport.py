@@ -612,7 +612,7 @@ class TestArguments:
     ("options", "text"),
     [
         ({"http2": False}, "http2: False"),
-        ({"proxy": "http://127.0.0.1:3128"}, "proxy: 'http://127.0.0.1:3128'"),
+        ({"proxy": "ftp://127.0.0.1"}, "Unknown scheme for proxy URL"),
         ({"retries": 2}, "retries: 2"),
         ({"engine": "nghttp2"}, "engine: 'nghttp2'"),
     ],
