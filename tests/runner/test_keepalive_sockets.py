@@ -422,7 +422,7 @@ async def test_k6_an_upload_that_waits_for_window_alone_is_no_loss(ends: Ends) -
             peer.auto_window = False
             request = await peer.request()
             await peer.until(lambda: request.received == 65_535)
-            await anyio.sleep(600.0)
+            await anyio.sleep(590.0)
             await peer.send(frames.WindowUpdateFrame(0, 10_000), frames.WindowUpdateFrame(request.stream_id, 10_000))
             await request.complete()
             await peer.respond(request.stream_id, body=b"patience")
