@@ -174,6 +174,7 @@ class TestKeepalive:
             async with Middlebox(("127.0.0.1", port), 0.6, lambda _event: None) as box:
                 started.set_result(box.port)
                 await stop.wait()
+            stopped.set()
 
         async def handler(peer: Peer) -> None:
             while True:
@@ -193,12 +194,14 @@ class TestKeepalive:
                     return type(error)
 
         started: concurrent.futures.Future[int] = concurrent.futures.Future()
+        stopped = threading.Event()
         with threaded(handler) as server:
             stop = server.call(anyio.Event)
             server.soon(relay, int(server.url.rpartition(":")[2]), started, stop)
             assert outcome(h2keep.Keepalive(0.2, 5.0)) == b"at last"
             assert outcome(h2keep.Keepalive(None)) is h2keep.ReadTimeout
             server.call(stop.set)
+            assert stopped.wait(10)
 
     def test_k4_k8_a_dead_connection_frees_every_thread(self) -> None:
         async def handler(peer: Peer) -> None:
@@ -260,11 +263,6 @@ def work(seed):
         for result in results:
             fates[result] += 1
 
-def resident():
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4
-
 sizes = []
 for turn in range(ROUNDS):
     threads = [threading.Thread(target=work, args=(turn * THREADS + number,)) for number in range(THREADS)]
@@ -272,13 +270,17 @@ for turn in range(ROUNDS):
         thread.start()
     for thread in threads:
         thread.join()
-    sizes.append(resident())
+    # None of the round's ends is still under way.
+    time.sleep(0.2)
+    gc.collect()
+    # Not the resident size: what glibc keeps for threads that have ended is its own affair.
+    sizes.append(sys.getallocatedblocks())
     assert threading.active_count() == 2, threading.enumerate()
 assert sum(fates.values()) == THREADS * ROUNDS * REQUESTS, fates
 assert all(fates.values()), fates
 pools = [own._connections._lease._pool]
 connections = list(pools[0]._states)
-assert 1 <= len(connections) <= 8, connections
+assert len(connections) <= 8, connections
 deadline = time.monotonic() + 10
 while any(connection.protocol.open_streams or connection._streams for connection in connections):
     assert time.monotonic() < deadline, [connection.stats for connection in connections]
@@ -296,6 +298,6 @@ def test_a_hundred_threads_with_cancellations_and_timeouts_leave_nothing(granian
     result = run_script(STRESS, granian.url, ca_path, dev=False, timeout=100.0)
     assert (result.returncode, result.stderr) == (0, "")
     sizes = [int(size) for size in result.stdout.split()]
-    # Threads, connections and the allocator have what they want after the first rounds.
     assert len(sizes) == 10
-    assert max(sizes[4:]) <= 1.05 * max(sizes[:4]), sizes
+    # The first round fills caches.
+    assert max(sizes[1:]) <= 1.05 * sizes[1], sizes
