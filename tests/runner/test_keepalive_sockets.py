@@ -416,18 +416,22 @@ async def test_k6_a_peer_that_stops_reading_an_upload_is_found_and_the_uploader_
 
 
 async def test_k6_an_upload_that_waits_for_window_alone_is_no_loss(ends: Ends) -> None:
-    async with ends.listen() as server, ends.client() as c:
+    responses: list[h2keep.Response] = []
+    async with ends.listen() as server, ends.client() as c, anyio.create_task_group() as tasks:
 
-        async def give_no_window(peer: Peer) -> None:
-            peer.auto_window = False
-            request = await peer.request()
-            await peer.until(lambda: request.received == 65_535)
-            await anyio.sleep(590.0)
-            await peer.send(frames.WindowUpdateFrame(0, 10_000), frames.WindowUpdateFrame(request.stream_id, 10_000))
-            await request.complete()
-            await peer.respond(request.stream_id, body=b"patience")
+        async def upload() -> None:
+            responses.append(await c.post(server.url, content=b"x" * 75_000))
 
-        server.serve(give_no_window)
-        response = await c.post(server.url, content=b"x" * 75_000)
-        assert response.content == b"patience"
-        assert response.connection.pings_acked == len(server.peers[0].pings) == 19
+        tasks.start_soon(upload)
+        peer = await server.accept()
+        peer.auto_window = False
+        await peer.handshake()
+        request = await peer.request()
+        await peer.until(lambda: request.received == 65_535)
+        await anyio.sleep(590.0)
+        await peer.send(frames.WindowUpdateFrame(0, 10_000), frames.WindowUpdateFrame(request.stream_id, 10_000))
+        await request.complete()
+        await peer.respond(request.stream_id, body=b"patience")
+    [response] = responses
+    assert response.content == b"patience"
+    assert response.connection.pings_acked == len(peer.pings) == 19
