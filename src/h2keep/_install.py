@@ -91,12 +91,8 @@ class _Seam:
         return __init__
 
     def _set_up(self, transport: Any, keepalive: Keepalive, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        bound = self._signature.bind(transport, *args, **kwargs)
-        bound.apply_defaults()
-        options = dict(bound.arguments)
-        del options["self"]
-        if options["proxy"] is not None:
-            # h2keep can't use proxies yet.
+        options = self._options(transport, args, kwargs)
+        if options is None or options["proxy"] is not None:
             self._original(transport, *args, **kwargs)
             return
         # Once, for both pools.
@@ -116,6 +112,15 @@ class _Seam:
         except (TypeError, ValueError) as error:
             # The program isn't ours to break.
             log.warning("a transport of %s is left as it is, without PINGs: %s", self._library.__name__, error)
+
+    def _options(self, transport: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """All arguments by name; None if they are wrong, which is the library's to say."""
+        try:
+            bound = self._signature.bind(transport, *args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
 _lock = threading.Lock()
