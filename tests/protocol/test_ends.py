@@ -422,7 +422,7 @@ def test_requests_that_wait_stay_within_a_limit_that_falls_and_leave_as_others_e
     streams = [pair.request() for _ in range(3)]
     pair.run(0.1)
     pair.blocked = True
-    waiting = [pair.client.send_request(list(REQUEST), pair.now, write_timeout=30.0) for _ in range(3)]
+    waiting = [pair.client.send_request(list(REQUEST), pair.now, write_timeout=30.0) for _ in range(5)]
     pair.server.update_settings({Codes.MAX_CONCURRENT_STREAMS: 4})
     pair.pump()
     pair.run(0.1)
@@ -430,18 +430,22 @@ def test_requests_that_wait_stay_within_a_limit_that_falls_and_leave_as_others_e
     pair.run(0.1)
     assert requests(pair) == [*streams, waiting[0]]
     assert not pair.client.has_data_to_send()
+    # One that was never sent makes no room for another.
     pair.client.release(waiting[1], pair.now)
     pair.run(0.1)
     assert requests(pair) == [*streams, waiting[0]]
-    pair.respond(streams[0])
-    pair.run(0.1)
-    assert requests(pair) == [*streams, waiting[0], waiting[2]]
-    pair.respond(streams[1])
+    for n, next_one in enumerate(waiting[2:]):
+        pair.respond(streams[n])
+        pair.run(0.1)
+        assert requests(pair)[-1] == next_one
+    assert pair.client.open_streams == 4
+    assert pair.client.free_slots == 0
+    pair.respond(waiting[0])
     pair.run(0.1)
     assert pair.client.free_slots == 1
     last = pair.request()
     pair.run(0.1)
-    assert requests(pair) == [*streams, waiting[0], waiting[2], last]
+    assert requests(pair) == [*streams, waiting[0], *waiting[2:], last]
 
 
 def test_requests_that_wait_for_a_limit_to_rise_time_out_saying_so() -> None:

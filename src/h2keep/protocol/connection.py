@@ -533,7 +533,7 @@ class Connection:
         """The stream no longer counts; bytes that wait on it can still be read."""
         stream.open = False
         outbox = self._outbox
-        if outbox.allowance is not math.inf:
+        if outbox.allowance < math.inf:
             outbox.allowance += stream.fields is None
             if self.open_streams - 1 <= self.max_streams:
                 outbox.allowance = math.inf
