@@ -47,6 +47,12 @@ async def passes(count: int) -> None:
         await checkpoint()
 
 
+async def settle() -> None:
+    """Until everything that is on its way has arrived."""
+    await passes(20)
+    await anyio.sleep(0.01)
+
+
 # The server: an answer in several pieces, some passes apart
 
 
@@ -225,7 +231,7 @@ async def run_all(
         for steps in range(FOR_EVER):
             run = Run(c, server.url)
             await (run.natively if native else run.in_scope)(steps)
-            await anyio.sleep(0.01)
+            await settle()
             phases[run.phase_cancelled] += run.cancelled
             run.check()
             check_resets(server, closes)
@@ -318,7 +324,7 @@ async def test_cancelling_half_of_100_at_random_steps_leaves_the_other_half(clos
         async with anyio.create_task_group() as tasks:
             for number in range(100):
                 tasks.start_soon(one, number)
-        await anyio.sleep(0.01)
+        await settle()
         assert survivors <= set(answers)
         check_resets(server, closes)
         assert_at_rest(c)

@@ -32,8 +32,8 @@ MIB = 1024 * 1024
 SETTINGS = frames.SettingsFrame
 LARGEST_WINDOW = 2**31 - 1
 ENHANCE_YOUR_CALM = 11
-#: Virtual seconds, which pass at once if nothing moves any more, and else hardly at all.
-STALLED = 3600.0
+#: Under virtual time nothing must be due while megabytes are on their way: the kernel's own time is not virtual.
+OFF = h2keep.Keepalive(read_idle_timeout=None)
 
 
 def client(**options: Any) -> h2keep.AsyncClient:
@@ -41,6 +41,11 @@ def client(**options: Any) -> h2keep.AsyncClient:
 
 
 # Both ways at once
+
+
+async def passes(count: int) -> None:
+    for _ in range(count):
+        await checkpoint()
 
 
 async def test_k6_an_echoing_server_that_reads_nothing_while_it_writes_meets_no_deadlock(
@@ -170,7 +175,7 @@ async def test_k23_a_download_and_small_requests_beside_responses_that_nobody_re
     unread = MAX_STREAMS - 2
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(RawServer.listen())
-        c = await stack.enter_async_context(client())
+        c = await stack.enter_async_context(client(keepalive=OFF))
         tasks = await stack.enter_async_context(task_group())
         tasks.start_soon(c.get, server.url)
         peer = await server.accept()
@@ -219,20 +224,19 @@ async def test_k23_a_download_and_small_requests_beside_responses_that_nobody_re
         assert sum(grown) - len(grown) * INITIAL_WINDOW <= CONNECTION_GROWTH
         assert sum(grown) <= CONNECTION_WINDOW - 2 * INITIAL_WINDOW
         assert sum(windows) <= sum(grown)
-        for request in requests:
-            await _fill(peer, request)
-        await anyio.sleep(0.01)
+        room = sum([await _fill(peer, request) for request in requests])
         assert all(peer._stream_windows[request.stream_id] == 0 for request in requests)
         (connection,) = connections_of(c)
         inner = connection.protocol._streams.values()
+        while sum(len(stream.buffer) for stream in inner) < room:
+            await checkpoint()
         assert max(stream.window.size for stream in inner) == MAX_WINDOW
         assert sum(stream.window.size for stream in inner) <= 64 * MIB
         assert sum(len(stream.buffer) for stream in inner) <= 64 * MIB
         assert connection.protocol.free_slots == 2
 
         # And yet: a PING is answered, a download runs, small requests come and go.
-        with anyio.fail_after(STALLED):
-            await peer.ping()
+        await peer.ping()
         tasks.start_soon(_serve_rest, peer)
         done = anyio.Event()
 
@@ -246,13 +250,11 @@ async def test_k23_a_download_and_small_requests_beside_responses_that_nobody_re
 
         tasks.start_soon(download)
         small = 0
-        with anyio.fail_after(STALLED):
-            while not done.is_set() or small < 20:
-                response = await c.post(f"{server.url}/small", content=b"question" * 1000)
-                assert response.content == b"answer"
-                small += 1
-                await checkpoint()
-            await peer.ping()
+        while not done.is_set() or small < 20:
+            response = await c.post(f"{server.url}/small", content=b"question" * 1000)
+            assert response.content == b"answer"
+            small += 1
+        await peer.ping()
         assert len(server.peers) == 1
 
 
@@ -272,7 +274,7 @@ async def test_responses_that_ended_large_and_unread_keep_what_their_windows_had
     rounds = 6
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(RawServer.listen())
-        c = await stack.enter_async_context(client())
+        c = await stack.enter_async_context(client(keepalive=OFF))
         tasks = await stack.enter_async_context(task_group())
         tasks.start_soon(c.get, server.url)
         peer = await server.accept()
@@ -298,10 +300,12 @@ async def test_responses_that_ended_large_and_unread_keep_what_their_windows_had
             got = 0
             while got < size:
                 got += len(await response._stream.receive())
-            await anyio.sleep(0.01)
+            await passes(20)
             await _fill(peer, peer.requests[response.stream_id])
             await peer.send_data(response.stream_id, b"", end_stream=True)
-            await anyio.sleep(0.01)
+            ended = connection.protocol._streams[response.stream_id]
+            while not ended.ended:
+                await checkpoint()
         buffered = sum(len(inner.buffer) for inner in connection.protocol._streams.values())
         assert 16 * MIB < buffered <= CONNECTION_GROWTH + rounds * INITIAL_WINDOW
         for response in responses:
@@ -422,7 +426,7 @@ async def test_k23_a_flood_of_tiny_frames_leaves_others_their_turns() -> None:
                 await checkpoint()
             steps = ticker.steps()
             # No more than a first read can hold, and less after it has taken long.
-            assert max(steps) * len(frame) <= 2 * _FIRST_READ
+            assert max(steps) * len(frame) <= 3 * _FIRST_READ
             assert len(steps) > 130_000 * len(frame) // _FIRST_READ
             assert len(await response.aread()) == 130_000
 
@@ -448,4 +452,5 @@ async def test_k23_an_upload_that_the_socket_takes_at_once_leaves_others_their_t
         ticker = Ticker(lambda: connection.protocol.body_bytes_sent)
         tasks.start_soon(ticker.run)
         assert await anyio.to_thread.run_sync(drain, peer.sock) > size - MIB
-        assert max(ticker.steps()) <= 2 * MIB
+        # Trio runs tasks in any order: between two turns of this one the writer may have two of its own.
+        assert max(ticker.steps()) <= 3 * MIB
