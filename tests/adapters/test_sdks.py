@@ -1,14 +1,12 @@
-"""The OpenAI and Anthropic SDKs on our transport: what they promise their users holds, and long silence is survived."""
+"""The asynchronous SDKs on our transport: what they promise their users holds, and long silence is survived."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import anyio
 import httpx2
 import openai
@@ -17,78 +15,23 @@ import pytest
 import h2keep
 from h2keep.cli.gateway import ANSWER
 from h2keep.cli.middlebox import FlowForgotten
-from h2keep.httpx2 import AsyncKeepaliveTransport
 from support.raw import Peer, RawRequest, RawServer, answering
+from support.sdks import ANTHROPIC, GROQ, MESSAGES, OPENAI, QUICK, Sdk
 from support.servers import Server, forgetful
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Iterator
-    from types import ModuleType
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("leak_check")]
 
 #: The SDKs don't close the generators that they are made of; trio remarks on that.
 generators_left_to_the_garbage_collector = pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
 
-MESSAGES = [{"role": "user", "content": "What should I do?"}]
 CANCEL = 8
-#: So short that tests can wait for it, so long that a busy machine keeps to it.
-QUICK = h2keep.Keepalive(read_idle_timeout=0.2, ping_timeout=5.0, jitter=0.0)
 
 
-@dataclass(frozen=True)
-class Sdk:
-    """What is alike in the two, by one name."""
-
-    module: ModuleType
-    path: str
-
-    def client(self, url: str, *, transport: Any = None, **options: Any) -> Any:
-        """A client on our transport, or on another one."""
-        retries, timeout = options.pop("max_retries", 0), options.pop("timeout", 30.0)
-        transport = AsyncKeepaliveTransport(**options) if transport is None else transport
-        http_client = self.module.DefaultAsyncHttpxClient(transport=transport)
-        settings = {"api_key": "secret", "http_client": http_client, "max_retries": retries, "timeout": timeout}
-        if self.module is openai:
-            return openai.AsyncOpenAI(base_url=f"{url}/v1", **settings)
-        return anthropic.AsyncAnthropic(base_url=url, **settings)
-
-    def create(self, client: Any, **options: Any) -> Any:
-        if self.module is openai:
-            return client.chat.completions.create(model="m", messages=MESSAGES, **options)
-        return client.messages.create(model="m", messages=MESSAGES, max_tokens=100, **options)
-
-    def silent_for(self, seconds: float) -> dict[str, Any]:
-        """Options that make the server wait before it answers."""
-        if self.module is openai:
-            return {"extra_query": {"silence": seconds}}
-        return {"extra_headers": {"x-silence": str(seconds)}}
-
-    def text(self, answer: Any) -> str:
-        found: str = answer.choices[0].message.content if self.module is openai else answer.content[0].text
-        return found
-
-    async def pieces(self, stream: Any) -> AsyncIterator[str]:
-        async for event in stream:
-            if self.module is openai:
-                if event.choices[0].delta.content:
-                    yield event.choices[0].delta.content
-            elif event.type == "content_block_delta":
-                yield event.delta.text
-
-    def first_event(self) -> bytes:
-        if self.module is openai:
-            delta = {"index": 0, "delta": {"role": "assistant", "content": "Hello"}, "finish_reason": None}
-            chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [delta]}
-            return f"data: {json.dumps(chunk)}\n\n".encode()
-        event = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}}
-        return f"event: content_block_delta\ndata: {json.dumps(event)}\n\n".encode()
-
-
-@pytest.fixture(
-    params=[Sdk(openai, "/v1/chat/completions"), Sdk(anthropic, "/v1/messages")], ids=["openai", "anthropic"]
-)
+@pytest.fixture(params=[OPENAI, ANTHROPIC, GROQ], ids=str)
 def sdk(request: pytest.FixtureRequest) -> Sdk:
     found: Sdk = request.param
     return found
@@ -112,13 +55,13 @@ async def settled() -> AsyncIterator[None]:
 
 
 async def test_a_completion(sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:
-    async with sdk.client(granian.url, verify=client_ssl) as client:
+    async with sdk.async_client(granian.url, verify=client_ssl) as client:
         assert sdk.text(await sdk.create(client)) == ANSWER
 
 
 async def test_raw_responses_come_over_http2(granian: Server, client_ssl: ssl.SSLContext) -> None:
-    sdk = Sdk(openai, "")
-    async with sdk.client(granian.url, verify=client_ssl) as client:
+    sdk = OPENAI
+    async with sdk.async_client(granian.url, verify=client_ssl) as client:
         raw = await client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES)
         assert raw.http_response.http_version == "HTTP/2"
         assert raw.http_response.extensions["h2keep"].requests == 1
@@ -128,7 +71,7 @@ async def test_raw_responses_come_over_http2(granian: Server, client_ssl: ssl.SS
 
 @generators_left_to_the_garbage_collector
 async def test_streaming(sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:
-    async with sdk.client(granian.url, verify=client_ssl) as client, settled():
+    async with sdk.async_client(granian.url, verify=client_ssl) as client, settled():
         pieces = [piece async for piece in sdk.pieces(await sdk.create(client, stream=True))]
     assert "".join(pieces) == ANSWER
     assert len(pieces) == len(ANSWER.split())
@@ -142,7 +85,7 @@ async def test_many_at_once_share_one_connection(sdk: Sdk, granian: Server, clie
         if type(event).__name__ == "ConnectionReady":
             opened.append(stats)
 
-    async with sdk.client(granian.url, verify=client_ssl, event_hook=hook) as client:
+    async with sdk.async_client(granian.url, verify=client_ssl, event_hook=hook) as client:
 
         async def ask() -> None:
             answers.append(sdk.text(await sdk.create(client)))
@@ -164,7 +107,7 @@ async def _begin_answer(peer: Peer, sdk: Sdk) -> RawRequest:
 @generators_left_to_the_garbage_collector
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_k10_leaving_in_mid_stream_resets_the_stream(sdk: Sdk, how: str) -> None:
-    async with RawServer.listen() as server, sdk.client(server.url, http1=False) as client, settled():
+    async with RawServer.listen() as server, sdk.async_client(server.url, http1=False) as client, settled():
 
         async def handler(peer: Peer) -> None:
             await _begin_answer(peer, sdk)
@@ -209,7 +152,7 @@ async def test_k10_leaving_in_mid_stream_resets_the_stream(sdk: Sdk, how: str) -
 async def test_errors_reach_the_user_untouched(sdk: Sdk, status: int, name: str) -> None:
     body = b'{"title": "No", "detail": "because \xc3\xa4",  "status": %d}' % status
     headers = [("content-type", "application/problem+json"), ("nvcf-reqid", "r-1"), ("nvcf-status", "errored")]
-    async with RawServer.listen() as server, sdk.client(server.url, http1=False) as client:
+    async with RawServer.listen() as server, sdk.async_client(server.url, http1=False) as client:
         server.serve(answering(body, status=status, headers=headers))
         with pytest.raises(getattr(sdk.module, name)) as caught:
             await sdk.create(client)
@@ -226,16 +169,16 @@ async def test_k3_an_answer_that_is_silent_longer_than_the_path_remembers(
     sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext
 ) -> None:
     with forgetful(granian.url, forget_after=1.0) as relay:
-        async with sdk.client(relay.url, verify=client_ssl, keepalive=QUICK) as client:
+        async with sdk.async_client(relay.url, verify=client_ssl, keepalive=QUICK) as client:
             assert sdk.text(await sdk.create(client, **sdk.silent_for(2.0))) == ANSWER
             assert not relay.seen(FlowForgotten)
 
 
 async def test_stock_httpx2_loses_what_keepalive_saves(granian: Server, client_ssl: ssl.SSLContext) -> None:
-    sdk = Sdk(openai, "")
+    sdk = OPENAI
     stock = httpx2.AsyncHTTPTransport(verify=client_ssl, http2=True)
     with forgetful(granian.url, forget_after=0.3) as relay:
-        async with sdk.client(relay.url, transport=stock, timeout=1.5) as client:
+        async with sdk.async_client(relay.url, transport=stock, timeout=1.5) as client:
             with pytest.raises(openai.APITimeoutError):
                 await sdk.create(client, **sdk.silent_for(0.8))
             assert len(relay.seen(FlowForgotten)) == 1
@@ -253,7 +196,7 @@ async def test_k8_a_dead_connection_is_the_sdks_connection_error(sdk: Sdk) -> No
     keepalive = h2keep.Keepalive(read_idle_timeout=0.2, ping_timeout=0.2)
     async with (
         RawServer.listen() as server,
-        sdk.client(server.url, http1=False, keepalive=keepalive) as client,
+        sdk.async_client(server.url, http1=False, keepalive=keepalive) as client,
         anyio.create_task_group() as tasks,
     ):
         tasks.start_soon(_dead_then_alive, server, answering())
@@ -261,7 +204,7 @@ async def test_k8_a_dead_connection_is_the_sdks_connection_error(sdk: Sdk) -> No
             await sdk.create(client)
         assert not isinstance(caught.value, sdk.module.APITimeoutError)
         assert isinstance(caught.value.__cause__, h2keep.PingTimeout)
-        assert isinstance(caught.value.__cause__, httpx2.ReadError)
+        assert isinstance(caught.value.__cause__, sdk.httpx.ReadError)
 
 
 async def test_k8_the_sdk_tries_again_after_a_dead_connection(sdk: Sdk, granian: Server) -> None:
@@ -269,7 +212,7 @@ async def test_k8_the_sdk_tries_again_after_a_dead_connection(sdk: Sdk, granian:
     body = b'{"error": {"message": "alive"}}'
     async with (
         RawServer.listen() as server,
-        sdk.client(server.url, http1=False, keepalive=keepalive, max_retries=2) as client,
+        sdk.async_client(server.url, http1=False, keepalive=keepalive, max_retries=2) as client,
         anyio.create_task_group() as tasks,
     ):
         tasks.start_soon(_dead_then_alive, server, answering(body, status=422))

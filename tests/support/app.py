@@ -7,7 +7,9 @@
   the same `token` has left before the end;
 * `/status`: `code`, with a body unless HTTP forbids one; `/trailers`: a body, then trailers where the server can;
 * `/cookie` sets one, `/redirect` leads to `to`;
-* `/v1/chat/completions` is OpenAI's, served by the demo's gateway; `/v1/messages` is Anthropic's.
+* `/v1/chat/completions` is OpenAI's, served by the demo's gateway, or here if a JSON schema is asked for;
+  `/v1/responses` is OpenAI's too, `/v1/messages` Anthropic's, `/v1/files` takes uploads for either and says what came.
+  Groq's SDK has `/openai` before its paths.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import urllib.parse
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,7 +28,7 @@ from h2keep.cli import gateway
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 
-__all__ = ["app"]
+__all__ = ["app", "form"]
 
 Message: TypeAlias = "MutableMapping[str, Any]"
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
@@ -36,11 +39,12 @@ _left: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
 async def app(scope: Message, receive: Receive, send: Send) -> None:
     """The application."""
-    if scope["type"] != "http" or scope["path"] == "/v1/chat/completions":
+    if scope["type"] != "http":
         await gateway.app(scope, receive, send)
         return
     exchange = Exchange(scope, receive, send)
-    endpoint = _ENDPOINTS.get(f"/{scope['path'].split('/')[1]}" if scope["path"] != "/v1/messages" else scope["path"])
+    path = scope["path"].removeprefix("/openai")
+    endpoint = _ENDPOINTS.get(path if path.startswith("/v1/") else f"/{path.split('/')[1]}")
     if endpoint is None:
         await exchange.json({"detail": f"nothing is at {scope['path']}"}, status=404)
     else:
@@ -198,6 +202,96 @@ async def _redirect(exchange: Exchange) -> None:
     await exchange.write(b"", more=False)
 
 
+async def _chat(exchange: Exchange) -> None:
+    """The gateway's chat completions, which knows no structured outputs: here the schema's are made."""
+    body = await exchange.body()
+    if b'"json_schema"' not in body:
+
+        async def replay() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await gateway.app({**exchange.scope, "path": "/v1/chat/completions"}, replay, exchange.send)
+        return
+    asked = json.loads(body)
+    content = json.dumps(_instance(asked["response_format"]["json_schema"]["schema"]))
+    about = {"id": "chatcmpl-1", "created": 1, "model": asked["model"]}
+    if not asked.get("stream"):
+        await exchange.json(gateway._completion(about, [content]))
+        return
+    await exchange.start(content_type="text/event-stream")
+    for start in range(0, len(content), 8):
+        await exchange.event(gateway._chunk(about, {"role": "assistant", "content": content[start : start + 8]}, None))
+    await exchange.event(gateway._chunk(about, {}, "stop"))
+    await exchange.write(b"data: [DONE]\n\n", more=False)
+
+
+def _instance(schema: Mapping[str, Any], definitions: Mapping[str, Any] | None = None) -> object:
+    """The one instance of a JSON schema that comes first to mind."""
+    definitions = schema.get("$defs", {}) if definitions is None else definitions
+    if "$ref" in schema:
+        return _instance(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "enum" in schema:
+        return schema["enum"][0]
+    match schema["type"]:
+        case "object":
+            return {name: _instance(kind, definitions) for name, kind in schema["properties"].items()}
+        case "array":
+            return [_instance(schema["items"], definitions)] * 2
+        case "integer" | "number":
+            return 30
+        case _:
+            return gateway.ANSWER
+
+
+async def _responses(exchange: Exchange) -> None:
+    """OpenAI's Responses API, as far as its SDK looks at it."""
+    asked = json.loads(await exchange.body())
+    kind = asked.get("text", {}).get("format", {})
+    answer = json.dumps(_instance(kind["schema"])) if kind.get("type") == "json_schema" else gateway.ANSWER
+    text = {"type": "output_text", "text": answer, "annotations": []}
+    message = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [text]}
+    response = {"id": "resp_1", "object": "response", "created_at": 1, "model": asked["model"], "status": "completed"}
+    response |= {"output": [message], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    if not asked.get("stream"):
+        await exchange.json(response)
+        return
+    await exchange.start(content_type="text/event-stream")
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
+    for number, word in enumerate(answer.split()):
+        name = "response.output_text.delta"
+        delta = f" {word}" if number else word
+        await exchange.event({"type": name, "sequence_number": number, **place, "delta": delta}, name)
+    name = "response.completed"
+    await exchange.event({"type": name, "sequence_number": 99, "response": response}, name)
+    await exchange.write(b"", more=False)
+
+
+async def _files(exchange: Exchange) -> None:
+    """OpenAI's and Anthropic's answer to an upload at once; SDKs leave alone what they don't know."""
+    headers = dict(exchange.scope["headers"])
+    fields = form(headers[b"content-type"].decode(), await exchange.body())
+    filename, content = fields["file"]
+    about = {
+        "id": "file_1",
+        "created_at": 1,
+        "filename": filename,
+        "purpose": fields.get("purpose", ("", b""))[1].decode(),
+    }
+    size = {"bytes": len(content), "size_bytes": len(content)}
+    await exchange.json({**about, **size, "object": "file", "sha256": hashlib.sha256(content).hexdigest()})
+
+
+def form(content_type: str, body: bytes) -> dict[str, tuple[str, bytes]]:
+    """The fields of multipart/form-data by name: each one's file name, and its content byte for byte."""
+    boundary = content_type.partition("boundary=")[2].encode()
+    fields = {}
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        names = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode()))
+        fields[names["name"]] = names.get("filename", ""), content.removesuffix(b"\r\n")
+    return fields
+
+
 async def _messages(exchange: Exchange) -> None:
     """Anthropic's Messages API, as far as its SDK looks at it; silent for `x-silence` seconds before its head."""
     asked = json.loads(await exchange.body())
@@ -244,5 +338,8 @@ _ENDPOINTS: Mapping[str, Callable[[Exchange], Awaitable[None]]] = {
     "/trailers": _trailers,
     "/cookie": _cookie,
     "/redirect": _redirect,
+    "/v1/chat/completions": _chat,
+    "/v1/files": _files,
     "/v1/messages": _messages,
+    "/v1/responses": _responses,
 }
