@@ -73,8 +73,9 @@ class Library:
         if isinstance(proxy, (str, self.module.URL)):
             proxy = self.module.Proxy(proxy)
         if isinstance(proxy, self.module.Proxy):
-            headers, context = proxy.headers.raw, proxy.ssl_context
-            proxy = Proxy(str(proxy.url), auth=proxy.auth, headers=headers, ssl_context=context)
+            # Those for SOCKS proxies get nothing else there, either.
+            used = {} if proxy.url.scheme.startswith("socks") else {"ssl_context": proxy.ssl_context}
+            proxy = Proxy(str(proxy.url), auth=proxy.auth, headers=proxy.headers.raw if used else (), **used)
         return always(proxy, make_context)
 
     def translate(self, error: errors.H2KeepError) -> errors.H2KeepError:

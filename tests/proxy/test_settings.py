@@ -149,7 +149,6 @@ def test_transports_take_what_the_librarys_own_takes(library: Any, transport: An
         library.Proxy("https://proxy:3128", auth=("user", "p@ss")),
         h2keep.Proxy("https://proxy:3128", auth=("user", "p@ss")),
     ):
-        library.HTTPTransport(proxy=given) if not isinstance(given, h2keep.Proxy) else None
         proxy = used(transport(proxy=given))
         assert str(proxy) == "https://proxy:3128"
         assert proxy.auth == ("user", "p@ss")
@@ -158,6 +157,15 @@ def test_transports_take_what_the_librarys_own_takes(library: Any, transport: An
     proxy = used(transport(proxy=full))
     assert proxy.ssl_context is client_ssl
     assert proxy.headers == [(b"X-Tenant", b"blue")]
+
+
+@pytest.mark.parametrize(("library", "transport"), TRANSPORTS)
+def test_transports_ignore_what_the_librarys_own_ignores(
+    library: Any, transport: Any, client_ssl: ssl.SSLContext
+) -> None:
+    proxy = library.Proxy("socks5://user:word@proxy", headers={"X": "1"}, ssl_context=client_ssl)
+    chosen = used(transport(proxy=proxy))
+    assert (str(chosen), chosen.auth, chosen.headers) == ("socks5://proxy:1080", ("user", "word"), [])
 
 
 @pytest.mark.parametrize(("library", "transport"), TRANSPORTS)
