@@ -5,13 +5,13 @@ Each is a script in a process of its own, whose warnings are all on; a child's f
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
 from support.background import eventually, run_script, start_script
-from support.raw import answering
 from support.threaded import threaded
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from support.raw import Peer
 
-CANCEL = 8
 
 PRELUDE = """
 import asyncio, gc, multiprocessing, os, ssl, sys, threading, time
@@ -31,6 +30,10 @@ context = ssl.create_default_context(cafile=ca)
 
 def new(kind=h2keep.Client, **options):
     return kind(verify=context, timeout=20.0, keepalive=keepalive, **options)
+
+def quiet():
+    # Imports and forks take long, and debug mode would tell.
+    asyncio.get_running_loop().slow_callback_duration = 60
 
 def wait(pid):
     _, status = os.waitpid(pid, 0)
@@ -154,6 +157,7 @@ async def child():
     await own.aclose()
 
 async def parent():
+    quiet()
     async with own.stream("GET", url + "/stream") as response:
         chunks = response.aiter_bytes()
         assert await anext(chunks) == b"first "
@@ -186,6 +190,7 @@ print("done")
 def test_an_asynchronous_parent_whose_child_leaves_by_exception(server_ssl: ssl.SSLContext, ca_path: Path) -> None:
     script = """
 async def parent():
+    quiet()
     async with own.stream("GET", url + "/stream") as response:
         pid = os.fork()
         if pid == 0:
@@ -238,11 +243,6 @@ if __name__ == "__main__":
 """
     )
     with threaded(stream, server_ssl) as server:
-        script = f"import runpy, sys; sys.argv.insert(0, 'script'); runpy.run_path({str(tmp_path / 'script.py')!r})"
-        del script
-        import subprocess
-        import sys
-
         command = [sys.executable, "-W", "always", str(tmp_path / "script.py"), server.url, str(ca_path), method]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (result.stdout, result.stderr, result.returncode) == ("done\n", "", 0)
@@ -378,6 +378,7 @@ print("done")
 def test_run_in_thread_and_a_fork(server_ssl: ssl.SSLContext, ca_path: Path) -> None:
     script = """
 async def parent():
+    quiet()
     async with own.stream("GET", url + "/stream") as response:
         pid = os.fork()
         if pid == 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -66,17 +67,25 @@ def start_script(source: str, *args: object, dev: bool = True) -> subprocess.Pop
     command = [sys.executable, *options, "-c", source, *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "tests"), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
 
 
-def run_script(source: str, *args: object, dev: bool = True, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+def run_script(source: str, *args: object, dev: bool = True, timeout: float = 15.0) -> subprocess.CompletedProcess[str]:
     """Run it to its end; see `start_script`."""
     process = start_script(source, *args, dev=dev)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except BaseException:
-        process.kill()
-        process.communicate()
+        # Its children too: they hold the other ends of the pipes.
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        print(stdout, stderr, sep="\n", file=sys.stderr)  # noqa: T201
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -149,6 +149,8 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._asyncio = asyncio.SelectorEventLoop(self._selector)
+        # Debug mode reports every callback under which other threads held the interpreter's lock for long.
+        self._asyncio.set_debug(False)
         self._loop = eventloop.wrap(self._asyncio)
         self._context = _empty_context()
         self._jobs: deque[Callable[[], object]] = deque()

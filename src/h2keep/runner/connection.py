@@ -172,6 +172,7 @@ class Http2Connection:
         self.requests = 0
         #: Its event loop ended before it did.
         self.orphaned = False
+        self._reaped = False
         self.driver: Driver
         self.stats = ConnectionStats(self)
         self._owner = owner
@@ -260,6 +261,7 @@ class Http2Connection:
 
     def reap(self, reason: str) -> None:
         """It can't be used any more, nor closed in good order: its event loop is dead, or another process's."""
+        self._reaped = True
         error = ConnectionLost(f"{self.origin}: {reason}")
         for stream in self._streams.values():
             stream.error = error
@@ -291,7 +293,7 @@ class Http2Connection:
 
     def release(self, stream: Http2Stream) -> None:
         """The stream's task is done with it."""
-        if self._streams.pop(stream.id, None) is None:
+        if self._streams.pop(stream.id, None) is None or self._reaped:
             return
         self.protocol.release(stream.id, self.loop.time())
         self._settle()
