@@ -12,13 +12,15 @@ import os
 import socket
 import ssl
 import sys
+import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
 from h2keep.errors import ConnectError, HTTP2NotSupported
+from h2keep.runner import eventloop
 from h2keep.runner.proxy import Tunnel
 from h2keep.runner.tls import Cleartext, SecurityLayer, TLSLayer
 from h2keep.runner.wire import Wire
@@ -67,6 +69,8 @@ class DialOptions:
     #: Local address to bind to.
     local_address: str | None = None
     socket_options: tuple[SocketOption, ...] = field(default=())
+    #: How often a failed attempt to connect is repeated.
+    retries: int = 0
     #: The proxy to use for an origin, None for none; then `uds` is of no account.
     proxy_for: Callable[[Origin], Proxy | None] | None = None
 
@@ -147,10 +151,38 @@ async def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tup
     except (socket.gaierror, UnicodeError):
         pass
     try:
-        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found: list[Any] = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:
         raise ConnectError(f"{host!r} is not a valid host name: {error}") from error
+    except RuntimeError:
+        # The interpreter is exiting: its thread pools take nothing more, but a thread of one's own may still start.
+        found = await _resolve_in_thread(host, port)
     return [(family, address) for family, _, _, _, address in found]
+
+
+async def _resolve_in_thread(host: str, port: int) -> list[Any]:
+    loop = eventloop.current()
+    parker = loop.parker()
+    found: list[Any] = []
+    failure: list[Exception] = []
+
+    def resolve() -> None:
+        try:
+            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # noqa: BLE001
+            failure.append(error)
+        with contextlib.suppress(RuntimeError):
+            loop.call_from_thread(parker.unpark)
+
+    try:
+        threading.Thread(target=resolve, name="h2keep resolver", daemon=True).start()
+    except RuntimeError as error:
+        raise ConnectError(f"{host!r} cannot be resolved any more: {error}") from error
+    while not found and not failure:
+        await parker.park()
+    if failure:
+        raise failure[0]
+    return found
 
 
 def _interleave(
