@@ -8,11 +8,14 @@ What takes an asynchronous client returns what has to be awaited.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anthropic
+import anyio
 import groq
 import openai
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from types import ModuleType
 
-__all__ = ["ANTHROPIC", "GROQ", "MESSAGES", "OPENAI", "QUICK", "Sdk"]
+__all__ = ["ANTHROPIC", "GROQ", "MESSAGES", "OPENAI", "QUICK", "Sdk", "settled"]
 
 MESSAGES = [{"role": "user", "content": "What should I do?"}]
 #: So short that tests can wait for it, so long that a busy machine keeps to it.
@@ -140,3 +143,11 @@ class Sdk:
 OPENAI = Sdk(openai, "OpenAI", h2keep.httpx2, "/v1", "/v1/chat/completions")
 ANTHROPIC = Sdk(anthropic, "Anthropic", h2keep.httpx2, "", "/v1/messages")
 GROQ = Sdk(groq, "Groq", h2keep.httpx, "", "/openai/v1/chat/completions")
+
+
+@contextlib.asynccontextmanager
+async def settled() -> AsyncIterator[None]:
+    """At the end, let the event loop finish generators that the garbage collector has found."""
+    yield
+    gc.collect()
+    await anyio.wait_all_tasks_blocked()
