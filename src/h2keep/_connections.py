@@ -26,7 +26,8 @@ from h2keep.runner import background, dial
 from h2keep.runner.dial import DialOptions, Origin, SocketOption
 from h2keep.runner.eventloop import native_loop
 from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
-from h2keep.runner.pool import Limits, Pool, PoolRequest, Timeout
+from h2keep.runner.pool import Limits, Pool
+from h2keep.runner.request import REPLAY_BUFFER, PoolRequest, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -57,6 +58,11 @@ def _check(limits: object, uds: object, local_address: object, socket_options: t
             raise TypeError(f"socket_options: {option!r} is not (level, name, value)")
 
 
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name}: {value!r} is not an integer from 0 on")
+
+
 class Connections:
     """Connections made in one way, for any event loop and any thread."""
 
@@ -77,20 +83,25 @@ class Connections:
         event_hook: EventHook | None,
         run_in_thread: bool = False,
         proxy_for: ProxyFor | None = None,
+        retries: int = 0,
+        replay_buffer: int = REPLAY_BUFFER,
     ) -> None:
         if keepalive is not None and not isinstance(keepalive, Keepalive):
             raise TypeError(f"keepalive: {keepalive!r} is not a Keepalive")
         options: tuple[Any, ...] = tuple(socket_options or ())
         _check(limits, uds, local_address, options)
+        _check_count("retries", retries)
+        _check_count("replay_buffer", replay_buffer)
         if engine != "h2":
             raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
         self._http1 = http1
+        self._replay_buffer = replay_buffer
         self._run_in_thread = run_in_thread
         # Pools outlive whoever forgets us, so nothing that makes them may refer to us.
         self._make_pool = functools.partial(
             Pool,
-            DialOptions(ssl_context, alpn, uds, local_address, options, proxy_for),
+            DialOptions(ssl_context, alpn, uds, local_address, options, proxy_for=proxy_for, retries=retries),
             Keepalive() if keepalive is None else keepalive,
             Limits() if limits is None else limits,
             None if event_hook is None else _in_context(event_hook),
@@ -157,7 +168,7 @@ class Connections:
                 "knowledge"
             )
         head, content_length = request_fields(method, origin.scheme.encode("ascii"), authority, target, fields)
-        return PoolRequest(origin, head, content_length, body, timeout)
+        return PoolRequest(origin, head, content_length, body, timeout, self._replay_buffer)
 
     # Pools
 

@@ -22,7 +22,7 @@ from h2keep import _proxies
 from h2keep._connections import Connections
 from h2keep.errors import UnsupportedProtocol
 from h2keep.runner.dial import Origin, SocketOption
-from h2keep.runner.pool import Limits, Timeout
+from h2keep.runner.request import REPLAY_BUFFER, Timeout
 from h2keep.runner.tls import create_ssl_context
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
+    from h2keep.runner.pool import Limits
     from h2keep.runner.proxy import Proxy
     from h2keep.runner.stream import Http2Stream
 
@@ -217,6 +218,8 @@ class BaseClient:
         proxy: str | Proxy | None = None,
         socket_options: Iterable[SocketOption] | None = None,
         headers: HeaderTypes = (),
+        retries: int = 0,
+        replay_buffer: int = REPLAY_BUFFER,
         event_hook: EventHook | None = None,
         run_in_thread: bool = False,
     ) -> None:
@@ -248,6 +251,8 @@ class BaseClient:
             event_hook=event_hook,
             run_in_thread=run_in_thread,
             proxy_for=proxy_for,
+            retries=retries,
+            replay_buffer=replay_buffer,
         )
 
     def _prepare(

@@ -12,6 +12,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from h2keep import errors
@@ -19,8 +20,9 @@ from h2keep._connections import Connections
 from h2keep._proxies import always, from_environment
 from h2keep.protocol.headers import CONNECTION_SPECIFIC
 from h2keep.runner.dial import Origin, SocketOption
-from h2keep.runner.pool import Limits, Timeout
+from h2keep.runner.pool import Limits
 from h2keep.runner.proxy import Proxy
+from h2keep.runner.request import REPLAY_BUFFER, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -321,6 +323,9 @@ class _Transport(Requests):
 
     * `keepalive`: when to send PINGs, and when to give a connection up (K1).
     * `engine`: the HTTP/2 codec; "h2" is the one there is.
+    * `replay_buffer`: how many bytes of a streamed body are kept until the response starts, so that a request which the
+      server provably didn't process can be sent to another connection (K24).
+    * `max_connection_age`: seconds after which a connection is replaced, in use or not; None for never (K22).
     * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20), in the
       context (contextvars) in which the transport was made.
     * `run_in_thread`, for asynchronous transports: connections live on a background thread's event loop, so that PINGs
@@ -330,7 +335,7 @@ class _Transport(Requests):
     300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
     Without `proxy`, and unless `uds` is given, `trust_env` has the proxies of the environment used: the library's
     client reads these variables no more when it is given a transport. Raises ValueError for what this version doesn't
-    do: `retries`, `http2=False`.
+    do: `http2=False`.
     """
 
     def __init__(
@@ -349,23 +354,25 @@ class _Transport(Requests):
         *,
         keepalive: Keepalive | None = None,
         engine: str = "h2",
+        replay_buffer: int = REPLAY_BUFFER,
+        max_connection_age: float | None = None,
         event_hook: EventHook | None = None,
         run_in_thread: bool = False,
     ) -> None:
         if not http2:
             raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
-        if retries:
-            raise ValueError(f"retries: {retries!r}: this version of h2keep does not retry connecting")
         context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
         self._connections = Connections(
             context,
             keepalive=keepalive,
             engine=engine,
-            limits=None if limits is None else limits_of(limits),
+            limits=_limits(limits, max_connection_age),
             http1=http1,
             uds=uds,
             local_address=local_address,
             socket_options=socket_options,
+            retries=retries,
+            replay_buffer=replay_buffer,
             event_hook=event_hook,
             run_in_thread=run_in_thread,
             proxy_for=self._library.proxy_for(proxy, trust_env=trust_env and uds is None),
@@ -419,6 +426,10 @@ def extensions_of(stream: AnyStream) -> dict[str, Any]:
 def limits_of(given: Any) -> Limits:
     """httpx's limits as ours. Raises `ValueError` for such as make no sense."""
     return Limits(given.max_connections, given.max_keepalive_connections, given.keepalive_expiry)
+
+
+def _limits(given: Any, max_connection_age: float | None) -> Limits:
+    return replace(Limits() if given is None else limits_of(given), max_connection_age=max_connection_age)
 
 
 def split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[tuple[bytes, bytes]]]:

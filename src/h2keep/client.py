@@ -145,6 +145,9 @@ class AsyncClient(BaseClient):
     * `trust_env`: whether to read the environment, now: SSL_CERT_FILE and SSL_CERT_DIR; and, unless `proxy` or `uds` is
       given, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, as httpx2 does.
     * `headers`: sent with every request, unless the request has its own.
+    * `retries`: how often a failed attempt to connect is repeated, after 0, 0.5, 1, 2 ... seconds.
+    * `replay_buffer`: how many bytes of a streamed body are kept until the response starts, so that a request which the
+      server provably didn't process can be sent to another connection (K24).
     * `event_hook`: called with `ConnectionStats` and an event whenever something happens to a connection (K20).
     * `run_in_thread`: connections live on a background thread's event loop, so that PINGs go on while the application
       blocks its own.

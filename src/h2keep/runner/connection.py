@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from h2keep.errors import ConnectionLost, H2KeepError
+from h2keep.errors import ConnectionGoingAway, ConnectionLost, H2KeepError, StreamReset
 from h2keep.protocol import Connection, events
 from h2keep.runner.clock import GapWatch
 from h2keep.runner.stream import Http2Stream
 
 if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive, RandomSource
-    from h2keep.protocol.events import ConnectionEvent, Headers
+    from h2keep.protocol.events import ConnectionEvent
     from h2keep.runner.dial import Origin, Transport
     from h2keep.runner.eventloop import EventLoop
+    from h2keep.runner.request import PoolRequest
 
 __all__ = ["ConnectionStats", "EventHook", "Http2Connection", "Owner"]
 
@@ -125,6 +126,9 @@ class Owner(Protocol):
     def connection_calmed(self, connection: Http2Connection) -> None:
         """The peer punished us for our PINGs (K13)."""
 
+    def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
+        """Open a request that wasn't processed on another connection (K24); False if that can't be tried."""
+
 
 class Driver(Protocol):
     """What moves a connection's bytes."""
@@ -170,6 +174,8 @@ class Http2Connection:
         #: Since when no request is open or unread here, None while one is.
         self.idle_since: float | None = loop.time()
         self.requests = 0
+        #: When the last request was opened here, None before the first.
+        self.last_request_at: float | None = None
         #: Its event loop ended before it did.
         self.orphaned = False
         self._reaped = False
@@ -185,33 +191,32 @@ class Http2Connection:
 
     # For the pool
 
-    def open(
-        self,
-        fields: Headers,
-        content_length: int | None,
-        body: bytes | AsyncIterable[bytes | memoryview] | None,
-        read_timeout: float | None,
-        write_timeout: float | None,
-    ) -> Http2Stream:
-        """Start a request. Raises `LocalProtocolError` if it is malformed."""
+    def open(self, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
+        """Start a request, or move one here that was started on another connection and may be sent `again` (K24).
+
+        Raises `LocalProtocolError` if it is malformed.
+        """
         now = self.loop.time()
+        body = request.body
         stream_id = self.protocol.send_request(
-            fields,
+            request.fields,
             now,
-            content_length=content_length,
+            content_length=request.content_length,
             end_stream=not body,
-            read_timeout=read_timeout,
-            write_timeout=write_timeout,
+            read_timeout=request.timeout.read,
+            write_timeout=request.timeout.write,
         )
-        stream = Http2Stream(self, stream_id)
+        stream = Http2Stream(self, stream_id, request) if again is None else again
         self._streams[stream_id] = stream
         self.requests += 1
+        self.last_request_at = now
         self.idle_since = None
         try:
-            if isinstance(body, bytes):
-                if body:
-                    self.protocol.send_data(stream_id, body, True, now)
-            elif body is not None:
+            if isinstance(body, bytes) and body:
+                self.protocol.send_data(stream_id, body, True, now)
+            if again is not None:
+                again.attach(self, stream_id)
+            elif body is not None and not isinstance(body, bytes):
                 pumped = body
                 self.loop.spawn(lambda: stream.pump(pumped), contextvars.copy_context())
         except H2KeepError:
@@ -254,6 +259,14 @@ class Http2Connection:
         self.protocol.give_up(error, self.loop.time())
         self._settle()
 
+    def retire(self) -> None:
+        """Take no new requests; the connection ends with those that are open (K22)."""
+        self.protocol.retired = True
+        if self._is_spent():
+            self.protocol.close(self.loop.time())
+        self._settle()
+        self._owner.connection_changed(self)
+
     def close(self) -> None:
         """Say GOAWAY, close TLS, close the socket; open requests fail."""
         self.protocol.close(self.loop.time())
@@ -293,8 +306,10 @@ class Http2Connection:
 
     def release(self, stream: Http2Stream) -> None:
         """The stream's task is done with it."""
-        if self._streams.pop(stream.id, None) is None or self._reaped:
+        # What has moved to another connection since may bear the number of one that is open here.
+        if self._reaped or self._streams.get(stream.id) is not stream:
             return
+        del self._streams[stream.id]
         self.protocol.release(stream.id, self.loop.time())
         self._settle()
         if not self._streams:
@@ -400,7 +415,7 @@ class Http2Connection:
         while (event := self.protocol.next_event()) is not None:
             if isinstance(event, _STREAM_EVENTS):
                 stream = self._streams.get(event.stream_id)
-                if stream is not None:
+                if stream is not None and not self._moves(event, stream):
                     _deliver(event, stream)
                 changed = changed or isinstance(event, events.StreamEnded | events.StreamFailed)
             else:
@@ -410,6 +425,23 @@ class Http2Connection:
                 if not isinstance(event, events.SettingsChanged):
                     self._note(event)
         return changed
+
+    def _moves(self, event: events.Event, stream: Http2Stream) -> bool:
+        """Whether the event is a failure after which the request is sent again, on another connection (K24)."""
+        if not (isinstance(event, events.StreamFailed) and event.error.unprocessed and stream.replayable):
+            return False
+        if self.orphaned:
+            return False
+        if not isinstance(event.error, ConnectionGoingAway | ConnectionLost | StreamReset):
+            return False
+        stream.detach()
+        if not self._owner.move(stream, event.error):
+            return False
+        del self._streams[stream.id]
+        self.protocol.release(stream.id, self.loop.time())
+        if not self._streams:
+            self.idle_since = self.loop.time()
+        return True
 
     def _note(self, event: ConnectionEvent) -> None:
         if isinstance(event, events.PingSent):
@@ -446,9 +478,7 @@ _STREAM_EVENTS = (
 
 def _deliver(event: Any, stream: Http2Stream) -> None:
     if isinstance(event, events.ResponseReceived):
-        stream.status = event.status
-        stream.headers = event.headers
-        stream.wake()
+        stream.head_came(event.status, event.headers)
     elif isinstance(event, events.DataReceived):
         stream.data_waits = True
         stream.wake()

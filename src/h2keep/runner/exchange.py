@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
     from h2keep.runner.background import BackgroundLoop, Lease
     from h2keep.runner.connection import Http2Connection
-    from h2keep.runner.pool import PoolRequest
+    from h2keep.runner.request import PoolRequest
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["AwaitableExchange", "BlockingExchange"]

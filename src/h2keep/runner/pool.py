@@ -4,8 +4,8 @@ Deciding is synchronous and does no I/O: a request that finds a verified connect
 same step; others queue by origin, first come, first served, and are opened by whatever event makes room. Dials and
 hedges run as background tasks that report back here. No event looks at all requests or all connections.
 
-Not here yet, and where they belong: sending provably unprocessed requests again (`Pool.request`, around `open`),
-retirement by age (`_serve`, before choosing), HTTP/1.1 origins and proxies (`dial.dial`).
+Requests that a server provably didn't process come back here, and queue for another connection (K24). Connections that
+take no new requests but still have some open are *draining*: they don't count against the limits (K22).
 """
 
 from __future__ import annotations
@@ -20,17 +20,25 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.lowlevel import checkpoint
 
-from h2keep.errors import ConnectError, ConnectionLost, ConnectTimeout, H2KeepError, PoolTimeout
+from h2keep.errors import (
+    ConnectError,
+    ConnectionLost,
+    ConnectTimeout,
+    H2KeepError,
+    HTTP2NotSupported,
+    PoolTimeout,
+    StreamReset,
+)
 from h2keep.keepalive import IntervalMemory, Keepalive
 from h2keep.runner import eventloop
 from h2keep.runner.connection import EventHook, Http2Connection, log
 from h2keep.runner.dial import DialOptions, Origin, Transport, dial
 from h2keep.runner.driver import AnyioDriver
+from h2keep.runner.request import PoolRequest, Timeout, is_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
-    from h2keep.protocol.events import Headers
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["Limits", "Pool", "PoolRequest", "Timeout"]
@@ -39,25 +47,16 @@ __all__ = ["Limits", "Pool", "PoolRequest", "Timeout"]
 _LEAST_HEDGE_DELAY = 0.2
 #: Streams that a connection not yet dialled is expected to take.
 _EXPECTED_STREAMS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Timeout:
-    """The four timeouts of a request, in seconds; None waits for ever (K21).
-
-    Raises `ValueError` if one is neither None nor a number from 0 on.
-    """
-
-    connect: float | None = 5.0
-    read: float | None = 5.0
-    write: float | None = 5.0
-    pool: float | None = 5.0
-
-    def __post_init__(self) -> None:
-        for name in ("connect", "read", "write", "pool"):
-            value = getattr(self, name)
-            if value is not None and not _is_seconds(value):
-                raise ValueError(f"timeout: {name} must be None or a number of seconds from 0 on, not {value!r}")
+#: A request is sent again this many times at most (K24).
+_MOST_MOVES = 3
+#: Before a request that was refused (REFUSED_STREAM) is sent again, at most this long at first, in seconds (K24).
+_REFUSED_DELAY = 0.1
+#: Draining connections of one origin that never count against max_connections, at least (K22).
+_FREE_DRAINING = 2
+#: A replacement for an aged connection may take this long to connect, in seconds (K22).
+_REPLACEMENT_TIMEOUT = 10.0
+#: Between two attempts to replace an aged connection, in seconds: the first, and the longest (K22).
+_REPLACEMENT_DELAYS = (1.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,8 @@ class Limits:
     max_keepalive_connections: int | None = 20
     #: Seconds after which an unused connection is closed, None for never.
     keepalive_expiry: float | None = 300.0
+    #: Seconds after which a connection is replaced, whether it is in use or not, None for never (K22).
+    max_connection_age: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_connections", 1), ("max_keepalive_connections", 0)):
@@ -81,23 +82,11 @@ class Limits:
             if value is not None and not (type(value) is int and value >= least):
                 raise ValueError(f"limits: {name} must be None or an integer from {least} on, not {value!r}")
         expiry = self.keepalive_expiry
-        if expiry is not None and not _is_seconds(expiry):
+        if expiry is not None and not is_seconds(expiry):
             raise ValueError(f"limits: keepalive_expiry must be None or a number of seconds from 0 on, not {expiry!r}")
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-
-
-@dataclass(slots=True)
-class PoolRequest:
-    """A request ready to be opened on a connection."""
-
-    origin: Origin
-    fields: Headers
-    content_length: int | None
-    body: bytes | AsyncIterable[bytes | memoryview] | None
-    timeout: Timeout
+        age = self.max_connection_age
+        if age is not None and not (is_seconds(age) and age > 0):
+            raise ValueError(f"limits: max_connection_age must be None or a number of seconds above 0, not {age!r}")
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +95,8 @@ class _Waiter:
 
     request: PoolRequest
     parker: eventloop.Parker
+    #: What moves, if it was open on another connection before (K24).
+    again: Http2Stream | None = None
     stream: Http2Stream | None = None
     error: BaseException | None = None
     #: Gave up: cancelled or timed out.
@@ -123,6 +114,8 @@ class _OriginState:
     #: Connections that must prove to be alive before they get a request (K9).
     unverified: OrderedDict[Http2Connection, None] = field(default_factory=OrderedDict)
     connections: set[Http2Connection] = field(default_factory=set)
+    #: Connections that take no new requests (K22).
+    draining: set[Http2Connection] = field(default_factory=set)
     queue: deque[_Waiter] = field(default_factory=deque)
     #: Waiters in the queue that have not given up.
     waiting: int = 0
@@ -154,6 +147,11 @@ class Pool:
         #: Origins whose queue wants a dial that max_connections forbids now.
         self._starved: OrderedDict[_OriginState, None] = OrderedDict()
         self._dials = 0
+        #: Draining connections that don't count against max_connections, and those that are being replaced.
+        self._free = 0
+        self._replacing = 0
+        #: Each ends the wait for a connection's age.
+        self._ages: dict[Http2Connection, anyio.CancelScope] = {}
         self._expiry_parker = self.loop.parker()
         self._expiring = False
         self._closed = False
@@ -186,10 +184,10 @@ class Pool:
         connection = self._choose(state)
         return None if connection is None else self._open(state, connection, request)
 
-    async def open(self, request: PoolRequest) -> Http2Stream:
+    async def open(self, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
         """Open the request when its turn has come; cancellation leaves the queue."""
         state = self._state(request.origin)
-        waiter = _Waiter(request, self.loop.parker())
+        waiter = _Waiter(request, self.loop.parker(), again)
         if not state.waiting:
             # What went wrong for those before is not what goes wrong for this one.
             state.failure = state.lost = None
@@ -214,7 +212,7 @@ class Pool:
         """Wait to be served: for a dial under the connect timeout, else for room under the pool timeout."""
         timeout = waiter.request.timeout
         dialled = state.dials * _EXPECTED_STREAMS >= state.waiting and not state.unverified
-        seconds = timeout.connect if dialled else timeout.pool
+        seconds = self._connect_patience(timeout.connect) if dialled else timeout.pool
         with anyio.move_on_after(seconds):
             while waiter.stream is None and waiter.error is None:
                 await waiter.parker.park()
@@ -227,6 +225,11 @@ class Pool:
             f"{len(state.connections)} connections are open, {state.waiting} requests are waiting"
         )
 
+    def _connect_patience(self, timeout: float | None) -> float | None:
+        """How long all attempts to connect may take together."""
+        delays = list(_retry_delays(self._options.retries))
+        return None if timeout is None else timeout * len(delays) + sum(delay or 0.0 for delay in delays)
+
     def _leave(self, state: _OriginState, waiter: _Waiter) -> None:
         if waiter.stream is None and waiter.error is None:
             waiter.gone = True
@@ -234,6 +237,37 @@ class Pool:
         while state.queue and state.queue[0].gone:
             state.queue.popleft()
         self._tidy(state)
+
+    # Sending again (K24)
+
+    def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
+        """Owner."""
+        if self._closed or stream.attempts > _MOST_MOVES:
+            return False
+        try:
+            self._spawn(lambda: self._move(stream, error))
+        except ConnectError:
+            # The event loop is shutting down.
+            return False
+        log.debug("%s: a request is sent again, which wasn't processed: %s", stream.request.origin, error)
+        return True
+
+    async def _move(self, stream: Http2Stream, error: H2KeepError) -> None:
+        try:
+            with anyio.CancelScope() as stream.retry_scope:
+                if isinstance(error, StreamReset):
+                    await anyio.sleep(self._random.random() * _REFUSED_DELAY * 2 ** (stream.attempts - 1))
+                if stream.replayable:
+                    await self.open(stream.request, stream)
+        except H2KeepError as failure:
+            # What kept it from being sent again is the news; why that was necessary is its cause.
+            failure.__cause__ = failure.__cause__ or error
+            stream.fail(failure)
+        except BaseException:
+            stream.fail(error)
+            raise
+        finally:
+            stream.retry_scope = None
 
     # Choosing
 
@@ -264,12 +298,16 @@ class Pool:
                 state.unverified[connection] = None
         return None
 
-    def _open(self, state: _OriginState, connection: Http2Connection, request: PoolRequest) -> Http2Stream:
+    def _open(
+        self,
+        state: _OriginState,
+        connection: Http2Connection,
+        request: PoolRequest,
+        again: Http2Stream | None = None,
+    ) -> Http2Stream:
         self._idle.pop(connection, None)
         try:
-            return connection.open(
-                request.fields, request.content_length, request.body, request.timeout.read, request.timeout.write
-            )
+            return connection.open(request, again)
         finally:
             self._classify(state, connection)
             self._note_idle(connection)
@@ -278,6 +316,8 @@ class Pool:
         """Put a connection where `_choose` will find it, or not."""
         if connection not in state.connections:
             return
+        if not connection.protocol.accepting and connection not in state.draining:
+            self._count_draining(state, connection, state.draining.add)
         if not connection.protocol.accepting or connection.protocol.prospective_slots <= 0:
             state.available.pop(connection, None)
             state.unverified.pop(connection, None)
@@ -297,7 +337,7 @@ class Pool:
             waiter = state.queue.popleft()
             state.waiting -= 1
             try:
-                waiter.stream = self._open(state, connection, waiter.request)
+                waiter.stream = self._open(state, connection, waiter.request, waiter.again)
                 state.failure = state.lost = None
             except H2KeepError as error:
                 waiter.error = error
@@ -319,15 +359,28 @@ class Pool:
                 return
             self._start_dial(state)
 
+    def _count_draining(
+        self, state: _OriginState, connection: Http2Connection, change: Callable[[Http2Connection], None]
+    ) -> None:
+        """Add a connection to the draining ones, or take it from them (K22)."""
+        most = max(_FREE_DRAINING, self._limits.max_connections or 0)
+        self._free -= min(len(state.draining), most)
+        change(connection)
+        self._free += min(len(state.draining), most)
+
+    def _counted(self) -> int:
+        """Connections, those being made included, that count against max_connections."""
+        return len(self._states) - self._free - self._replacing + self._dials
+
     def _may_dial(self) -> bool:
         """Whether max_connections allows another connection; an unused one may be closed for it."""
         limit = self._limits.max_connections
-        if limit is None or len(self._states) + self._dials < limit:
+        if limit is None or self._counted() < limit:
             return True
         if self._idle:
             # The one unused for longest makes way.
             next(iter(self._idle)).close()
-            return len(self._states) + self._dials < limit
+            return self._counted() < limit
         return False
 
     def _fail_waiters(self, state: _OriginState, error: BaseException, patience: float = math.inf) -> None:
@@ -395,16 +448,18 @@ class Pool:
         timeout = max((seconds for seconds in allowed if seconds is not None), default=None)
         if None in allowed:
             timeout = None
-        self._spawn(lambda: self._dial(state, timeout))
 
-    async def _dial(self, state: _OriginState, timeout: float | None) -> None:
+        async def run() -> None:
+            await self._dial(state, timeout)
+
+        self._spawn(run)
+
+    async def _dial(self, state: _OriginState, timeout: float | None) -> Http2Connection | None:
         failure: BaseException | None = None
         transport: Transport | None = None
+        deadline = math.inf
         try:
-            with anyio.move_on_after(timeout) as patience:
-                transport = await dial(state.origin, self._options)
-            if transport is None:
-                failure = ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
+            transport, deadline = await self._connect(state.origin, timeout)
         except Exception as error:  # noqa: BLE001
             # Whatever it was, the requests that wait for this dial must hear of it.
             failure = error
@@ -425,7 +480,23 @@ class Pool:
             self._feed_starved()
         self._tidy(state)
         if connection is not None and timeout is not None:
-            await self._await_settings(connection, timeout, patience.deadline)
+            await self._await_settings(connection, timeout, deadline)
+        return connection
+
+    async def _connect(self, origin: Origin, timeout: float | None) -> tuple[Transport, float]:
+        """A transport, and when its SETTINGS are due. Each attempt that `retries` allows has the whole timeout."""
+        for delay in _retry_delays(self._options.retries):
+            try:
+                with anyio.move_on_after(timeout) as patience:
+                    return await dial(origin, self._options), patience.deadline
+                raise ConnectTimeout(f"{origin}: not connected within {timeout} s (connect timeout)")
+            except HTTP2NotSupported:
+                raise
+            except ConnectError:
+                if delay is None:
+                    raise
+                await anyio.sleep(delay)
+        raise AssertionError("the last attempt has no delay after it")
 
     async def _await_settings(self, connection: Http2Connection, timeout: float, deadline: float) -> None:
         """See to it that the server's SETTINGS come within the connect timeout; requests are sent before they do."""
@@ -457,10 +528,47 @@ class Pool:
         state.connections.add(connection)
         state.available[connection] = None
         self._states[connection] = state
+        if self._limits.max_connection_age is not None:
+            # Up to a tenth less, lest all that were made at once be replaced at once.
+            age = self._limits.max_connection_age * (1 - 0.1 * self._random.random())
+            self._spawn(lambda: self._age(state, connection, age))
         self._serve(state)
         self._note_idle(connection)
         self._trim(state)
         return connection
+
+    # Age (K22)
+
+    async def _age(self, state: _OriginState, connection: Http2Connection, age: float) -> None:
+        """Replace a connection when it has lived for so long; it ends when its last request has."""
+        with anyio.CancelScope() as scope:
+            self._ages[connection] = scope
+            await anyio.sleep(age)
+            self._replacing += 1
+            try:
+                await self._replace(state, connection)
+                connection.retire()
+            finally:
+                self._replacing -= 1
+
+    async def _replace(self, state: _OriginState, connection: Http2Connection) -> None:
+        """Connect anew, if that is of use. Until there is a replacement the old connection takes requests."""
+        delay, longest = _REPLACEMENT_DELAYS
+        while connection.protocol.accepting and self._is_wanted(state, connection):
+            state.dials += 1
+            self._dials += 1
+            new = await self._dial(state, _REPLACEMENT_TIMEOUT)
+            if new is not None and not new.protocol.closed:
+                return
+            await anyio.sleep(delay)
+            delay = min(2 * delay, longest)
+
+    def _is_wanted(self, state: _OriginState, connection: Http2Connection) -> bool:
+        """Whether a connection is in use, so that a replacement will be."""
+        interval = self._keepalive.read_idle_timeout
+        recently = math.inf if interval is None else interval
+        last = connection.last_request_at
+        return bool(state.waiting) or (last is not None and self.loop.time() - last < recently)
 
     # Owner: what connections report
 
@@ -511,6 +619,11 @@ class Pool:
         if connection in state.unverified and isinstance(connection.protocol.error, ConnectionLost):
             state.lost = connection.protocol.error
         state.connections.discard(connection)
+        if connection in state.draining:
+            self._count_draining(state, connection, state.draining.discard)
+        age = self._ages.pop(connection, None)
+        if age is not None:
+            age.cancel()
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
         self._idle.pop(connection, None)
@@ -531,7 +644,7 @@ class Pool:
     def _trim(self, state: _OriginState) -> None:
         """A hedge may have taken us over max_connections: one without requests makes way, of the same origin (K9d)."""
         limit = self._limits.max_connections
-        if limit is not None and len(self._states) > limit and self._idle:
+        if limit is not None and self._counted() - self._dials > limit and self._idle:
             unused = (connection for connection in (*state.unverified, *state.available) if connection in self._idle)
             next(unused, next(iter(self._idle))).close()
 
@@ -624,3 +737,10 @@ class Pool:
 
         self.loop.spawn(scoped)
         self._scopes.add(scope)
+
+
+def _retry_delays(retries: int) -> Iterator[float | None]:
+    """Seconds to wait after each failed attempt to connect, as httpcore does; None after the last."""
+    for number in range(retries):
+        yield 0.5 * 2 ** (number - 1) if number else 0.0
+    yield None

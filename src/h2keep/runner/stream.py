@@ -2,6 +2,10 @@
 
 The connection fills it; only the requesting task (and the task that pumps its body) waits on it. Leaving early, by
 `close` or by cancellation, resets the stream and touches nothing else.
+
+A request that its server provably didn't process moves to another connection, and its mailbox with it (K24): whoever
+waits here doesn't notice. The body's iterator goes on being pulled by the one task that began with it, and what it gave
+so far is kept until the response starts, as far as `replay_buffer` allows.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
+    from h2keep.runner.request import PoolRequest
 
 __all__ = ["Http2Stream"]
 
@@ -27,25 +32,37 @@ class Http2Stream:
     """A request on a connection, and its response as it comes in."""
 
     __slots__ = (
+        "_attached",
+        "_complete",
         "_connection",
+        "_kept",
+        "_kept_size",
         "_parker",
         "_released",
         "_room",
         "_upload_failure",
         "_upload_scope",
         "_wake",
+        "attempts",
         "data_waits",
         "ended",
         "error",
         "headers",
         "id",
+        "request",
+        "retry_scope",
         "status",
         "trailers",
     )
 
-    def __init__(self, connection: Http2Connection, stream_id: int) -> None:
+    def __init__(self, connection: Http2Connection, stream_id: int, request: PoolRequest) -> None:
         self._connection = connection
         self.id = stream_id
+        self.request = request
+        #: On how many connections it was opened.
+        self.attempts = 1
+        #: Ends the wait for another connection.
+        self.retry_scope: anyio.CancelScope | None = None
         self.status: int | None = None
         self.headers: Headers = []
         self.trailers: Headers = []
@@ -58,6 +75,12 @@ class Http2Stream:
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
         self._upload_failure: BaseException | None = None
+        # What a streamed body gave so far; None if that can't be sent again.
+        self._kept: list[bytes | memoryview] | None = []
+        self._kept_size = 0
+        self._complete = False
+        # Whether the connection has this request: not between two attempts.
+        self._attached = True
 
     @property
     def connection(self) -> Http2Connection:
@@ -75,6 +98,40 @@ class Http2Stream:
         self.error = error
         if self._upload_scope is not None:
             self._upload_scope.cancel()
+        self._wake()
+
+    def head_came(self, status: int, headers: Headers) -> None:
+        """The response has started: the request won't be sent again."""
+        self.status = status
+        self.headers = headers
+        self._kept = None
+        self._wake()
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the request could be sent once more: nobody has given it up, and all of its body is there."""
+        if self._released or self.status is not None or self._upload_failure is not None:
+            return False
+        return self._kept is not None
+
+    def detach(self) -> None:
+        """The connection has let go of the request, which waits for another one."""
+        self._attached = False
+
+    def attach(self, connection: Http2Connection, stream_id: int) -> None:
+        """The request is open on another connection: send there what was sent before."""
+        self._connection = connection
+        self.id = stream_id
+        self.attempts += 1
+        self._attached = True
+        room = True
+        for chunk in self._kept or ():
+            room = connection.send_data(stream_id, chunk, end_stream=False)
+        if self._complete:
+            connection.send_data(stream_id, b"", end_stream=True)
+        elif room:
+            self.give_room()
+        # Whoever waits begins to wait for this connection.
         self._wake()
 
     def give_room(self) -> None:
@@ -144,6 +201,9 @@ class Http2Stream:
         self._released = True
         if self._upload_scope is not None:
             self._upload_scope.cancel()
+        if self.retry_scope is not None:
+            self.retry_scope.cancel()
+        self._kept = None
         self._connection.release(self)
 
     def give_up(self) -> None:
@@ -192,15 +252,27 @@ class Http2Stream:
 
     async def send(self, chunk: bytes | memoryview) -> None:
         """Sink."""
+        self._keep(chunk)
         self._room = anyio.Event()
-        if not self._connection.send_data(self.id, chunk, end_stream=False):
+        if not (self._attached and self._connection.send_data(self.id, chunk, end_stream=False)):
             await self._room.wait()
         self._room = None
 
+    def _keep(self, chunk: bytes | memoryview) -> None:
+        if self._kept is None:
+            return
+        self._kept_size += len(chunk)
+        if self._kept_size <= self.request.replay_buffer:
+            self._kept.append(chunk)
+        else:
+            self._kept = None
+
     def wanted(self) -> bool:
         """Sink."""
-        return self._connection.wants_body(self.id)
+        return not self._attached or self._connection.wants_body(self.id)
 
     def finish(self) -> None:
         """Sink."""
-        self._connection.send_data(self.id, b"", end_stream=True)
+        self._complete = True
+        if self._attached:
+            self._connection.send_data(self.id, b"", end_stream=True)
