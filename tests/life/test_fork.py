@@ -195,7 +195,7 @@ async def parent():
         pid = os.fork()
         if pid == 0:
             sys.exit(0)
-        # Not by a thread: a child that closes asyncio's loop makes its parent's deaf to threads, by asyncio's own doing.
+        # Not by a thread: a child that closes the loop makes its parent's deaf to threads, by asyncio's own doing.
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             await asyncio.sleep(0.01)
         before = response.connection.pings_acked

@@ -84,7 +84,7 @@ class TestARealServer:
             yield b""
 
         with client() as own, pytest.raises(TypeError, match="async iterable, which needs an AsyncClient"):
-            own.post("http://127.0.0.1/", content=body())  # type: ignore[arg-type]
+            own.post("http://127.0.0.1/", content=body())
 
     def test_large_bodies_arrive_whole(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
         chunks = [bytes([number]) * size for number, size in enumerate([1, 16_384, 0, 16_385, 1_000_000, 3_000_000])]
@@ -232,7 +232,7 @@ class TestUploads:
     def test_an_iterator_that_gives_no_bytes_is_refused(self) -> None:
         with threaded(answering()) as server, client() as own:
             with pytest.raises(h2keep.LocalProtocolError, match="gave a str, not bytes"):
-                own.post(server.url, content=iter(["text"]))  # type: ignore[arg-type]
+                own.post(server.url, content=iter(["text"]))
             assert own.get(server.url).content == b"ok"
 
     def test_little_is_pulled_while_the_server_gives_no_credit(self) -> None:

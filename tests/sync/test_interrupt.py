@@ -98,7 +98,7 @@ def test_waiting_for_the_head(how: Callable[[], object]) -> None:
 @ways
 def test_waiting_for_the_body(how: Callable[[], object]) -> None:
     with threaded(path_decides) as server, client() as own:
-        chunks = []
+        chunks: list[bytes] = []
         with interrupted(lambda: chunks, how), own.stream("GET", f"{server.url}/head") as response:
             chunks.extend(response.iter_bytes())
             chunks.extend(response.iter_bytes())

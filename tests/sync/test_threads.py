@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import ssl
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,6 +16,7 @@ import pytest
 
 import h2keep
 from h2keep.cli.middlebox import Middlebox
+from h2keep.runner import background, exchange
 from support.background import eventually, run_script
 from support.raw import GONE, answering
 from support.threaded import threaded
@@ -223,6 +226,88 @@ class TestKeepalive:
         assert {type(error) for error in errors} == {h2keep.PingTimeout}
         # Each thread has its own, whose traceback is its own.
         assert len({id(error) for error in errors}) == 10
+
+
+class TestBetweenThreads:
+    """Moments that no load hits for certain."""
+
+    def test_what_is_rung_for_by_an_answer_is_answered(self) -> None:
+        share = background.lease(lambda: pytest.fail("no pool is wanted"))
+        answered = threading.Event()
+
+        def ring_twice() -> None:
+            share.loop.ring(lambda: share.loop.ring(answered.set))
+            share.loop.ring(lambda: None)
+
+        share.loop.post(ring_twice)
+        assert answered.wait(10)
+        share.end()
+        share.wait_ended()
+
+    def test_a_chunk_that_comes_right_before_the_end_is_not_lost(self) -> None:
+        class Late(deque[Any]):
+            """Looks empty for the last time while its chunk and the end come."""
+
+            looks = 0
+
+            def __len__(self) -> int:
+                self.looks += 1
+                found = super().__len__()
+                if self.looks == 2:
+                    feed.push(b"last")
+                    feed.finish()
+                return found
+
+        class Here:
+            def post(self, job: Callable[[], object]) -> None:
+                job()
+
+        feed = exchange._Feed(Here(), lambda: None)  # type: ignore[arg-type]
+        feed._chunks = Late()
+
+        async def take() -> list[Any]:
+            return [chunk async for chunk in feed]
+
+        assert asyncio.run(take()) == [b"last"]
+
+    def test_room_is_told_of_even_if_the_body_became_full_just_now(self) -> None:
+        class Filling(deque[Any]):
+            """Takes more at the moment at which a chunk is taken from it."""
+
+            def popleft(self) -> Any:
+                chunk = super().popleft()
+                if not told:
+                    feed.push(b"y")
+                    assert feed.full
+                return chunk
+
+        class Here:
+            def post(self, job: Callable[[], object]) -> None:
+                job()
+
+        told: list[bool] = []
+        feed = exchange._Feed(Here(), lambda: told.append(True))  # type: ignore[arg-type]
+        feed._chunks = Filling()
+        feed.push(b"x" * (256 * 1024 - 1))
+        asyncio.run(anext(feed))
+        assert told
+
+    def test_an_interrupted_call_of_the_loop_does_not_silence_it(self) -> None:
+        share = background.lease(lambda: pytest.fail("no pool is wanted"))
+        ran = threading.Event()
+        original = share.loop._asyncio.call_soon_threadsafe
+
+        def interrupted(*args: Any, **options: Any) -> Any:
+            share.loop._asyncio.call_soon_threadsafe = original  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+
+        share.loop._asyncio.call_soon_threadsafe = interrupted  # type: ignore[method-assign,assignment]
+        with pytest.raises(KeyboardInterrupt):
+            share.loop.post(lambda: None)
+        share.loop.post(ran.set)
+        assert ran.wait(10)
+        share.end()
+        share.wait_ended()
 
 
 STRESS = """
