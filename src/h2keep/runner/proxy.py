@@ -252,8 +252,8 @@ class _Connect:
 class _Socks5:
     """SOCKS5 (RFC 1928, RFC 1929), by python-socks.
 
-    Its sans-IO layer is what works here: its proxies for asyncio and trio make streams of their own over the socket,
-    and want the trio extra, where all that is needed is a dozen bytes.
+    By its sans-IO layer, which serves any event loop: its proxies for asyncio and trio make streams of their own, which
+    would have to be taken apart again to get at the socket.
     """
 
     status: int | None = None
@@ -289,19 +289,15 @@ class _Socks5:
         socks5 = _load_socks5()
         connection = socks5.Connection()
         auth = self._proxy.auth or ("", "")
-
-        class Credentials(socks5.AuthRequest):  # type: ignore[name-defined,misc]
-            def dumps(self) -> bytes:
-                # python-socks' own knows ASCII only.
-                user, password = (text.encode("utf-8") for text in auth)
-                return bytes([1, len(user)]) + user + bytes([len(password)]) + password
-
         try:
             # It asks whether there are any, and an empty password would be none.
             offered = socks5.AuthMethodsRequest(*(("user", "password") if self._proxy.auth else (None, None)))
             reply = connection.receive((yield connection.send(offered), 2))
             if reply.method == socks5.AuthMethod.USERNAME_PASSWORD:
-                connection.receive((yield connection.send(Credentials(*auth)), 2))
+                credentials = socks5.AuthRequest(*auth)
+                # Its own knows ASCII only.
+                credentials.dumps = lambda: _credentials(*auth)
+                connection.receive((yield connection.send(credentials), 2))
             yield from self._connect(connection, socks5)
         except socks5.ReplyError as error:
             raise _no_tunnel(self._proxy, self._origin, f"says: {error}") from error
@@ -322,6 +318,12 @@ class _Socks5:
             raise socks5.ReplyError(f"Invalid address type: {reply[3]:#04x}")
         # Where the proxy says that it is connected from is of no interest, and not always an address.
         yield b"", size + 2
+
+
+def _credentials(user: str, password: str) -> bytes:
+    """RFC 1929, in UTF-8."""
+    fields = (user.encode("utf-8"), password.encode("utf-8"))
+    return b"\x01" + b"".join(bytes([len(field)]) + field for field in fields)
 
 
 def _load_socks5() -> Any:
