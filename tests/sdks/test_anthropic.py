@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from h2keep.cli.gateway import ANSWER
-from sdks.promises import AsyncPromises, Promises
 from support.sdks import ANTHROPIC, MESSAGES, settled
 
 if TYPE_CHECKING:
@@ -18,27 +17,26 @@ if TYPE_CHECKING:
 ASKED: dict[str, Any] = {"model": "m", "messages": MESSAGES, "max_tokens": 100}
 
 
-class TestSync(Promises):
-    sdk = ANTHROPIC
-
+@pytest.mark.usefixtures("clean")
+class TestSync:
     def test_the_streaming_helper(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
         with (
-            self.sdk.client(granian.url, verify=client_ssl) as client,
+            ANTHROPIC.client(granian.url, verify=client_ssl) as client,
             client.messages.stream(**ASKED) as stream,
         ):
             assert "".join(stream.text_stream) == ANSWER
-            assert self.sdk.text(stream.get_final_message()) == ANSWER
+            assert ANTHROPIC.text(stream.get_final_message()) == ANSWER
 
 
-class TestAsync(AsyncPromises):
-    sdk = ANTHROPIC
-
+@pytest.mark.anyio
+@pytest.mark.usefixtures("leak_check")
+class TestAsync:
     @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
     async def test_the_streaming_helper(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
         async with (
-            self.sdk.async_client(granian.url, verify=client_ssl) as client,
+            ANTHROPIC.async_client(granian.url, verify=client_ssl) as client,
             settled(),
             client.messages.stream(**ASKED) as stream,
         ):
             assert "".join([text async for text in stream.text_stream]) == ANSWER
-            assert self.sdk.text(await stream.get_final_message()) == ANSWER
+            assert ANTHROPIC.text(await stream.get_final_message()) == ANSWER

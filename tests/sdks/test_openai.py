@@ -9,7 +9,6 @@ import pydantic
 import pytest
 
 from h2keep.cli.gateway import ANSWER
-from sdks.promises import AsyncPromises, Promises
 from support.sdks import MESSAGES, OPENAI, settled
 
 if TYPE_CHECKING:
@@ -40,11 +39,10 @@ PLAN = Plan(title=ANSWER, steps=[Step(kind=Kind.PING, seconds=30)] * 2)
 CHAT: dict[str, Any] = {"model": "m", "messages": MESSAGES, "response_format": Plan}
 
 
-class TestSync(Promises):
-    sdk = OPENAI
-
+@pytest.mark.usefixtures("clean")
+class TestSync:
     def test_structured_outputs(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        with self.sdk.client(granian.url, verify=client_ssl) as client:
+        with OPENAI.client(granian.url, verify=client_ssl) as client:
             assert client.chat.completions.parse(**CHAT).choices[0].message.parsed == PLAN
             with client.chat.completions.stream(**CHAT) as stream:
                 deltas = [event.delta for event in stream if event.type == "content.delta"]
@@ -53,7 +51,7 @@ class TestSync(Promises):
             assert Plan.model_validate_json("".join(deltas)) == PLAN
 
     def test_responses(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        with self.sdk.client(granian.url, verify=client_ssl) as client:
+        with OPENAI.client(granian.url, verify=client_ssl) as client:
             assert client.responses.create(model="m", input="?").output_text == ANSWER
             assert client.responses.parse(model="m", input="?", text_format=Plan).output_parsed == PLAN
             events = list(client.responses.create(model="m", input="?", stream=True))
@@ -61,7 +59,7 @@ class TestSync(Promises):
         assert events[-1].response.output_text == ANSWER
 
     def test_a_streamed_response_around_the_call(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        with self.sdk.client(granian.url, verify=client_ssl) as client:
+        with OPENAI.client(granian.url, verify=client_ssl) as client:
             completions = client.chat.completions.with_streaming_response
             with completions.create(model="m", messages=MESSAGES, stream=True) as response:
                 lines = [line for line in response.iter_lines() if line]
@@ -69,12 +67,12 @@ class TestSync(Promises):
         assert lines[-1] == "data: [DONE]"
 
 
-class TestAsync(AsyncPromises):
-    sdk = OPENAI
-
+@pytest.mark.anyio
+@pytest.mark.usefixtures("leak_check")
+class TestAsync:
     @generators_left_to_the_garbage_collector
     async def test_structured_outputs(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        async with self.sdk.async_client(granian.url, verify=client_ssl) as client, settled():
+        async with OPENAI.async_client(granian.url, verify=client_ssl) as client, settled():
             assert (await client.chat.completions.parse(**CHAT)).choices[0].message.parsed == PLAN
             async with client.chat.completions.stream(**CHAT) as stream:
                 deltas = [event.delta async for event in stream if event.type == "content.delta"]
@@ -83,7 +81,7 @@ class TestAsync(AsyncPromises):
 
     @generators_left_to_the_garbage_collector
     async def test_responses(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        async with self.sdk.async_client(granian.url, verify=client_ssl) as client, settled():
+        async with OPENAI.async_client(granian.url, verify=client_ssl) as client, settled():
             assert (await client.responses.create(model="m", input="?")).output_text == ANSWER
             assert (await client.responses.parse(model="m", input="?", text_format=Plan)).output_parsed == PLAN
             events = [event async for event in await client.responses.create(model="m", input="?", stream=True)]

@@ -1,9 +1,6 @@
-"""What every SDK's users rely on, synchronous and asynchronous: one class of tests for each, which subclasses run.
+"""What every SDK's users rely on, synchronous and asynchronous, over TLS.
 
-    class TestSync(Promises):
-        sdk = GROQ
-
-All of it over TLS. What asynchronous clients do besides is in `adapters/test_sdks.py`.
+What asynchronous clients do besides is in `adapters/test_sdks.py`; what one SDK alone does, in a file of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import hashlib
 import json
 import random
 import time
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 import pytest
@@ -27,7 +24,7 @@ from h2keep.cli.middlebox import FlowForgotten
 from support.app import form
 from support.background import eventually
 from support.raw import RawServer
-from support.sdks import QUICK
+from support.sdks import ANTHROPIC, GROQ, OPENAI, QUICK, Sdk
 from support.servers import forgetful
 from support.threaded import threaded
 
@@ -37,10 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from support.raw import Peer
-    from support.sdks import Sdk
     from support.servers import Server
-
-__all__ = ["AsyncPromises", "Promises"]
 
 #: Status, header fields, body.
 Reply: TypeAlias = tuple[int, list[tuple[str, str]], bytes]
@@ -52,6 +46,12 @@ IMPATIENT = h2keep.Keepalive(read_idle_timeout=0.2, ping_timeout=0.4, jitter=0.0
 #: More than is on its way at any one time: in h2keep's hands, in the kernel's and in the peer's.
 FILE_SIZE = 4_000_000
 _WINDOW = 65_535
+
+
+@pytest.fixture(params=[OPENAI, ANTHROPIC, GROQ], ids=str)
+def sdk(request: pytest.FixtureRequest) -> Sdk:
+    found: Sdk = request.param
+    return found
 
 
 def answering_in_turn(*replies: Reply | None) -> Handler:
@@ -121,52 +121,49 @@ class Slow:
         await anyio.sleep_forever()
 
 
-class _Common:
-    sdk: ClassVar[Sdk]
+def answer(sdk: Sdk) -> Reply:
+    return 200, [("content-type", "application/json")], sdk.whole_answer()
 
-    @property
-    def answer(self) -> Reply:
-        return 200, [("content-type", "application/json")], self.sdk.whole_answer()
 
-    @property
-    def soon(self) -> dict[str, Any]:
-        """Options by which reading times out; connecting may take its time."""
-        return {"timeout": self.sdk.httpx.Timeout(30.0, read=0.2)}
+def soon(sdk: Sdk) -> dict[str, Any]:
+    """Options by which reading times out; connecting may take its time."""
+    return {"timeout": sdk.httpx.Timeout(30.0, read=0.2)}
 
-    def slow_down(self, field: str, value: str) -> Reply:
-        return 429, [("content-type", "application/json"), (field, value)], b'{"error": {"message": "slowly"}}'
+
+def slow_down(field: str, value: str) -> Reply:
+    return 429, [("content-type", "application/json"), (field, value)], b'{"error": {"message": "slowly"}}'
 
 
 @pytest.mark.usefixtures("clean")
-class Promises(_Common):
+class TestSync:
     """Of synchronous clients."""
 
-    def test_a_completion_over_http2(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        with self.sdk.client(granian.url, verify=client_ssl) as client:
-            raw = self.sdk.create_raw(client)
+    def test_a_completion_over_http2(self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:
+        with sdk.client(granian.url, verify=client_ssl) as client:
+            raw = sdk.create_raw(client)
             assert raw.http_response.http_version == "HTTP/2"
             assert raw.http_response.extensions["h2keep"].requests == 1
-            assert self.sdk.text(raw.parse()) == ANSWER
+            assert sdk.text(raw.parse()) == ANSWER
 
-    def test_streaming(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        with self.sdk.client(granian.url, verify=client_ssl) as client:
-            pieces = list(self.sdk.pieces_now(self.sdk.create(client, stream=True)))
+    def test_streaming(self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:
+        with sdk.client(granian.url, verify=client_ssl) as client:
+            pieces = list(sdk.pieces_now(sdk.create(client, stream=True)))
         assert "".join(pieces) == ANSWER
         assert len(pieces) == len(ANSWER.split())
 
     @pytest.mark.parametrize("how", ["close", "with", "forget"])
     def test_k10_leaving_a_stream_early_resets_it_and_keeps_the_connection(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, how: str
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, how: str
     ) -> None:
         async def handler(peer: Peer) -> None:
             first = await peer.request()
             headers = [("content-type", "text/event-stream")]
-            await peer.respond(first.stream_id, 200, headers, self.sdk.first_event(), end_stream=False)
-            await answering_in_turn(self.answer)(peer)
+            await peer.respond(first.stream_id, 200, headers, sdk.first_event(), end_stream=False)
+            await answering_in_turn(answer(sdk))(peer)
 
-        with threaded(handler, server_ssl) as server, self.sdk.client(server.url, verify=client_ssl) as client:
-            stream = self.sdk.create(client, stream=True)
-            assert next(self.sdk.pieces_now(stream)) == "Hello"
+        with threaded(handler, server_ssl) as server, sdk.client(server.url, verify=client_ssl) as client:
+            stream = sdk.create(client, stream=True)
+            assert next(sdk.pieces_now(stream)) == "Hello"
             match how:
                 case "close":
                     stream.close()
@@ -179,24 +176,24 @@ class Promises(_Common):
                     gc.collect()
             eventually(lambda: server.peers[0].requests[1].reset is not None, "the server learns of it")
             assert server.peers[0].requests[1].reset == CANCEL
-            assert self.sdk.text(self.sdk.create(client)) == ANSWER
+            assert sdk.text(sdk.create(client)) == ANSWER
             assert len(server.peers) == 1
 
     @pytest.mark.parametrize("where", ["client", "request"])
     def test_k10_a_timeout_is_the_sdks_and_ends_its_request_alone(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, where: str
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, where: str
     ) -> None:
-        of_client, of_request = (self.soon if where == place else {} for place in ("client", "request"))
+        of_client, of_request = (soon(sdk) if where == place else {} for place in ("client", "request"))
         with (
-            threaded(answering_in_turn(None, self.answer), server_ssl) as server,
-            self.sdk.client(server.url, verify=client_ssl, **of_client) as client,
+            threaded(answering_in_turn(None, answer(sdk)), server_ssl) as server,
+            sdk.client(server.url, verify=client_ssl, **of_client) as client,
         ):
-            with pytest.raises(self.sdk.module.APITimeoutError) as caught:
-                self.sdk.create(client, **of_request)
+            with pytest.raises(sdk.module.APITimeoutError) as caught:
+                sdk.create(client, **of_request)
             assert isinstance(caught.value.__cause__, h2keep.ReadTimeout)
-            assert isinstance(caught.value.__cause__, self.sdk.httpx.ReadTimeout)
+            assert isinstance(caught.value.__cause__, sdk.httpx.ReadTimeout)
             eventually(lambda: server.peers[0].requests[1].reset == CANCEL, "the server learns of it")
-            assert self.sdk.text(self.sdk.create(client, timeout=30.0)) == ANSWER
+            assert sdk.text(sdk.create(client, timeout=30.0)) == ANSWER
             assert len(server.peers) == 1
 
     @pytest.mark.parametrize(
@@ -209,39 +206,39 @@ class Promises(_Common):
         ],
     )
     def test_errors_reach_the_user_untouched(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, status: int, name: str
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, status: int, name: str
     ) -> None:
         body = b'{"title": "No", "detail": "because \xc3\xa4",  "status": %d}' % status
         headers = [("content-type", "application/problem+json"), ("nvcf-reqid", "r-1")]
         with (
             threaded(answering_in_turn((status, headers, body)), server_ssl) as server,
-            self.sdk.client(server.url, verify=client_ssl) as client,
+            sdk.client(server.url, verify=client_ssl) as client,
         ):
-            with pytest.raises(getattr(self.sdk.module, name)) as caught:
-                self.sdk.create(client)
+            with pytest.raises(getattr(sdk.module, name)) as caught:
+                sdk.create(client)
             assert caught.value.status_code == status
             assert caught.value.body == json.loads(body)
             assert caught.value.response.content == body
             assert caught.value.response.headers["nvcf-reqid"] == "r-1"
-            assert [request.path for request in server.peers[0].requests.values()] == [self.sdk.path]
+            assert [request.path for request in server.peers[0].requests.values()] == [sdk.path]
 
     def test_the_sdk_waits_as_long_as_retry_after_says(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
     ) -> None:
         with (
-            threaded(answering_in_turn(self.slow_down("retry-after", "1"), self.answer), server_ssl) as server,
-            self.sdk.client(server.url, verify=client_ssl, max_retries=1) as client,
+            threaded(answering_in_turn(slow_down("retry-after", "1"), answer(sdk)), server_ssl) as server,
+            sdk.client(server.url, verify=client_ssl, max_retries=1) as client,
         ):
             start = time.monotonic()
-            assert self.sdk.text(self.sdk.create(client)) == ANSWER
+            assert sdk.text(sdk.create(client)) == ANSWER
             # Left to itself it would wait half a second.
             assert time.monotonic() - start >= 1.0
             assert [len(peer.requests) for peer in server.peers] == [2]
 
     def test_k8_the_sdk_tries_again_after_a_dead_connection(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
     ) -> None:
-        handler = black_holes(1, answering_in_turn(self.answer))
+        handler = black_holes(1, answering_in_turn(answer(sdk)))
         ended: list[BaseException | None] = []
 
         def hook(_stats: h2keep.ConnectionStats, event: object) -> None:
@@ -249,8 +246,8 @@ class Promises(_Common):
                 ended.append(getattr(event, "error", None))
 
         options = {"verify": client_ssl, "keepalive": IMPATIENT, "event_hook": hook, "max_retries": 1}
-        with threaded(handler, server_ssl) as server, self.sdk.client(server.url, **options) as client:
-            assert self.sdk.text(self.sdk.create(client)) == ANSWER
+        with threaded(handler, server_ssl) as server, sdk.client(server.url, **options) as client:
+            assert sdk.text(sdk.create(client)) == ANSWER
             assert [len(peer.requests) for peer in server.peers] == [1, 1]
             first, second = (peer.requests[1] for peer in server.peers)
             assert first.body == second.body
@@ -258,34 +255,34 @@ class Promises(_Common):
             assert [type(error) for error in ended] == [h2keep.PingTimeout]
 
     def test_k8_dead_connections_are_the_sdks_connection_error_in_the_end(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
     ) -> None:
         options = {"verify": client_ssl, "keepalive": IMPATIENT, "max_retries": 1}
         handler = black_holes(3, answering_in_turn())
-        with threaded(handler, server_ssl) as server, self.sdk.client(server.url, **options) as client:
-            with pytest.raises(self.sdk.module.APIConnectionError) as caught:
-                self.sdk.create(client)
-            assert not isinstance(caught.value, self.sdk.module.APITimeoutError)
+        with threaded(handler, server_ssl) as server, sdk.client(server.url, **options) as client:
+            with pytest.raises(sdk.module.APIConnectionError) as caught:
+                sdk.create(client)
+            assert not isinstance(caught.value, sdk.module.APITimeoutError)
             assert isinstance(caught.value.__cause__, h2keep.PingTimeout)
-            assert isinstance(caught.value.__cause__, self.sdk.httpx.ReadError)
+            assert isinstance(caught.value.__cause__, sdk.httpx.ReadError)
             assert [len(peer.requests) for peer in server.peers] == [1, 1]
 
     def test_k8_a_connection_that_dies_in_mid_stream_ends_the_stream(
-        self, granian: Server, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext
     ) -> None:
         with forgetful(granian.url, forget_after=60.0) as relay:
             options = {"verify": client_ssl, "keepalive": IMPATIENT}
-            with self.sdk.client(relay.url, **options) as client, self.sdk.create(client, stream=True) as stream:
-                pieces = self.sdk.pieces_now(stream)
+            with sdk.client(relay.url, **options) as client, sdk.create(client, stream=True) as stream:
+                pieces = sdk.pieces_now(stream)
                 assert next(pieces) == ANSWER.split()[0]
                 relay.vanish()
                 # OpenAI's SDK makes an APIConnectionError of it, the others let it through.
-                with pytest.raises((self.sdk.module.APIConnectionError, h2keep.H2KeepError)) as caught:
+                with pytest.raises((sdk.module.APIConnectionError, h2keep.H2KeepError)) as caught:
                     list(pieces)
             assert any(isinstance(error, h2keep.PingTimeout) for error in causes(caught.value))
-            assert any(isinstance(error, self.sdk.httpx.ReadError) for error in causes(caught.value))
+            assert any(isinstance(error, sdk.httpx.ReadError) for error in causes(caught.value))
 
-    def test_many_threads_share_one_connection(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
+    def test_many_threads_share_one_connection(self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:
         opened: list[h2keep.ConnectionStats] = []
 
         def hook(stats: h2keep.ConnectionStats, event: object) -> None:
@@ -293,123 +290,126 @@ class Promises(_Common):
                 opened.append(stats)
 
         with (
-            self.sdk.client(granian.url, verify=client_ssl, event_hook=hook) as client,
+            sdk.client(granian.url, verify=client_ssl, event_hook=hook) as client,
             concurrent.futures.ThreadPoolExecutor(16) as threads,
         ):
-            calls = [threads.submit(self.sdk.create, client) for _ in range(64)]
+            calls = [threads.submit(sdk.create, client) for _ in range(64)]
             streams = [
-                threads.submit(lambda: "".join(self.sdk.pieces_now(self.sdk.create(client, stream=True))))
-                for _ in range(16)
+                threads.submit(lambda: "".join(sdk.pieces_now(sdk.create(client, stream=True)))) for _ in range(16)
             ]
-            assert [self.sdk.text(call.result()) for call in calls] == [ANSWER] * 64
+            assert [sdk.text(call.result()) for call in calls] == [ANSWER] * 64
             assert [stream.result() for stream in streams] == [ANSWER] * 16
             assert [stats.requests for stats in opened] == [80]
 
     def test_k3_an_answer_that_is_silent_longer_than_the_path_remembers(
-        self, granian: Server, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext
     ) -> None:
         with (
             forgetful(granian.url, forget_after=1.0) as relay,
-            self.sdk.client(relay.url, verify=client_ssl, keepalive=QUICK) as client,
+            sdk.client(relay.url, verify=client_ssl, keepalive=QUICK) as client,
         ):
-            assert self.sdk.text(self.sdk.create(client, **self.sdk.silent_for(2.0))) == ANSWER
+            assert sdk.text(sdk.create(client, **sdk.silent_for(2.0))) == ANSWER
             assert not relay.seen(FlowForgotten)
 
-    def test_the_stock_transport_loses_what_keepalive_saves(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
-        stock = self.sdk.httpx.HTTPTransport(verify=client_ssl, http2=True)
+    def test_the_stock_transport_loses_what_keepalive_saves(
+        self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext
+    ) -> None:
+        stock = sdk.httpx.HTTPTransport(verify=client_ssl, http2=True)
         with (
             forgetful(granian.url, forget_after=0.3) as relay,
-            self.sdk.client(relay.url, transport=stock, timeout=1.2) as client,
+            sdk.client(relay.url, transport=stock, timeout=1.2) as client,
         ):
-            with pytest.raises(self.sdk.module.APITimeoutError):
-                self.sdk.create(client, **self.sdk.silent_for(0.8))
+            with pytest.raises(sdk.module.APITimeoutError):
+                sdk.create(client, **sdk.silent_for(0.8))
             assert len(relay.seen(FlowForgotten)) == 1
 
-    def test_a_file_arrives_byte_for_byte(self, granian: Server, client_ssl: ssl.SSLContext, tmp_path: Path) -> None:
+    def test_a_file_arrives_byte_for_byte(
+        self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext, tmp_path: Path
+    ) -> None:
         path = some_file(tmp_path)
-        with self.sdk.client(granian.url, verify=client_ssl) as client, path.open("rb") as file:
-            came = self.sdk.upload(client, file)
+        with sdk.client(granian.url, verify=client_ssl) as client, path.open("rb") as file:
+            came = sdk.upload(client, file)
         assert came.filename == path.name
         assert came.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
     def test_a_file_is_read_no_faster_than_the_server_takes_it(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, tmp_path: Path
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, tmp_path: Path
     ) -> None:
         path = some_file(tmp_path)
         with path.open("rb") as file:
             slow = Slow(file)
-            with threaded(slow, server_ssl) as server, self.sdk.client(server.url, verify=client_ssl) as client:
-                assert self.sdk.upload(client, file).id == "file_1"
+            with threaded(slow, server_ssl) as server, sdk.client(server.url, verify=client_ssl) as client:
+                assert sdk.upload(client, file).id == "file_1"
         assert _WINDOW < slow.read_meanwhile < FILE_SIZE // 4
         assert slow.fields["file"] == (path.name, path.read_bytes())
 
 
 @pytest.mark.anyio
 @pytest.mark.usefixtures("leak_check")
-class AsyncPromises(_Common):
+class TestAsync:
     """Of asynchronous clients."""
 
     @pytest.mark.parametrize("how", ["client", "request", "cancel"])
     async def test_k10_a_timeout_or_a_cancellation_ends_its_request_alone(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, how: str
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, how: str
     ) -> None:
-        of_client, of_request = (self.soon if how == place else {} for place in ("client", "request"))
+        of_client, of_request = (soon(sdk) if how == place else {} for place in ("client", "request"))
         async with (
             RawServer.listen(server_ssl) as server,
-            self.sdk.async_client(server.url, verify=client_ssl, **of_client) as client,
+            sdk.async_client(server.url, verify=client_ssl, **of_client) as client,
         ):
-            server.serve(answering_in_turn(None, self.answer))
+            server.serve(answering_in_turn(None, answer(sdk)))
             if how == "cancel":
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self.sdk.create, client)
+                    tasks.start_soon(sdk.create, client)
                     peer = await server.peer(0)
                     await peer.until(lambda: len(peer.requests) == 1 and peer.requests[1].ended)
                     tasks.cancel_scope.cancel()
             else:
-                with pytest.raises(self.sdk.module.APITimeoutError) as caught:
-                    await self.sdk.create(client, **of_request)
+                with pytest.raises(sdk.module.APITimeoutError) as caught:
+                    await sdk.create(client, **of_request)
                 assert isinstance(caught.value.__cause__, h2keep.ReadTimeout)
-                assert isinstance(caught.value.__cause__, self.sdk.httpx.ReadTimeout)
+                assert isinstance(caught.value.__cause__, sdk.httpx.ReadTimeout)
             first = server.peers[0].requests[1]
             await first.peer.until(lambda: first.reset is not None)
             assert first.reset == CANCEL
-            assert self.sdk.text(await self.sdk.create(client, timeout=30.0)) == ANSWER
+            assert sdk.text(await sdk.create(client, timeout=30.0)) == ANSWER
             assert len(server.peers) == 1
 
     async def test_the_sdk_waits_as_long_as_retry_after_says(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
     ) -> None:
         async with (
             RawServer.listen(server_ssl) as server,
-            self.sdk.async_client(server.url, verify=client_ssl, max_retries=1) as client,
+            sdk.async_client(server.url, verify=client_ssl, max_retries=1) as client,
         ):
-            server.serve(answering_in_turn(self.slow_down("retry-after-ms", "700"), self.answer))
+            server.serve(answering_in_turn(slow_down("retry-after-ms", "700"), answer(sdk)))
             start = time.monotonic()
-            assert self.sdk.text(await self.sdk.create(client)) == ANSWER
+            assert sdk.text(await sdk.create(client)) == ANSWER
             assert time.monotonic() - start >= 0.7
             assert [len(peer.requests) for peer in server.peers] == [2]
 
     async def test_a_file_arrives_byte_for_byte(
-        self, granian: Server, client_ssl: ssl.SSLContext, tmp_path: Path
+        self, sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext, tmp_path: Path
     ) -> None:
         path = some_file(tmp_path)
-        async with self.sdk.async_client(granian.url, verify=client_ssl) as client:
+        async with sdk.async_client(granian.url, verify=client_ssl) as client:
             with path.open("rb") as file:
-                came = await self.sdk.upload(client, file)
+                came = await sdk.upload(client, file)
         assert came.filename == path.name
         assert came.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
     async def test_a_file_is_read_no_faster_than_the_server_takes_it(
-        self, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, tmp_path: Path
+        self, sdk: Sdk, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext, tmp_path: Path
     ) -> None:
         path = some_file(tmp_path)
         with path.open("rb") as file:
             slow = Slow(file)
             async with (
                 RawServer.listen(server_ssl) as server,
-                self.sdk.async_client(server.url, verify=client_ssl) as client,
+                sdk.async_client(server.url, verify=client_ssl) as client,
             ):
                 server.serve(slow)
-                assert (await self.sdk.upload(client, file)).id == "file_1"
+                assert (await sdk.upload(client, file)).id == "file_1"
         assert _WINDOW < slow.read_meanwhile < FILE_SIZE // 4
         assert slow.fields["file"] == (path.name, path.read_bytes())
