@@ -224,8 +224,12 @@ class BackgroundLoop:
         # First: whoever posts from now on schedules anew.
         self._scheduled = False
         while self._jobs:
-            with contextlib.suppress(IndexError):
-                self._jobs.popleft()()
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                # Another thread was faster, the loop being dead.
+                return
+            job()
 
     def _answer(self) -> None:
         # What is rung for meanwhile is for the next turn.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextvars
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from h2keep.errors import ConnectionGoingAway, ConnectionLost, H2KeepError, StreamReset
+from h2keep.errors import ConnectionGoingAway, ConnectionLost, H2KeepError, RemoteProtocolError
 from h2keep.protocol import Connection, events
+from h2keep.protocol.engine import ErrorCode
 from h2keep.runner.clock import GapWatch
 from h2keep.runner.stream import Http2Stream
 
@@ -33,6 +34,10 @@ class ConnectionStats:
     """A connection's figures, always as they are now (K20). Times are seconds on its event loop's clock."""
 
     __slots__ = ("_connection",)
+
+    http_version = "HTTP/2"
+    #: Not so of what is in this place where there is no HTTP/2.
+    pings_possible = True
 
     def __init__(self, connection: Http2Connection) -> None:
         self._connection = connection
@@ -125,6 +130,9 @@ class Owner(Protocol):
 
     def connection_calmed(self, connection: Http2Connection) -> None:
         """The peer punished us for our PINGs (K13)."""
+
+    def connection_pinged(self, connection: Http2Connection) -> None:
+        """A PING was sent, and the next one's interval begins (K13)."""
 
     def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
         """Open a request that wasn't processed on another connection (K24); False if that can't be tried."""
@@ -220,7 +228,11 @@ class Http2Connection:
                 pumped = body
                 self.loop.spawn(lambda: stream.pump(pumped), contextvars.copy_context())
         except H2KeepError:
-            stream.close()
+            if again is None:
+                stream.close()
+            else:
+                # Somebody waits for it, who is told by whoever moves it.
+                self.release(stream)
             raise
         self._settle()
         return stream
@@ -413,26 +425,29 @@ class Http2Connection:
         """Deliver all events; whether any of them concerns the pool."""
         changed = False
         while (event := self.protocol.next_event()) is not None:
-            if isinstance(event, _STREAM_EVENTS):
-                stream = self._streams.get(event.stream_id)
-                if stream is not None and not self._moves(event, stream):
-                    _deliver(event, stream)
-                changed = changed or isinstance(event, events.StreamEnded | events.StreamFailed)
+            kind = type(event)
+            deliver = _DELIVERIES.get(kind)
+            if deliver is not None:
+                stream = self._streams.get(event.stream_id)  # type: ignore[union-attr]
+                if stream is not None and not (kind is events.StreamFailed and self._moves(event, stream)):
+                    deliver(event, stream)
+                changed = changed or kind in _FINAL
             else:
-                changed = changed or not isinstance(event, events.PingSent | events.PingAcknowledged)
-                if isinstance(event, events.ConnectionReady | events.ConnectionClosed):
+                changed = changed or kind not in _OF_NO_CONCERN
+                if kind in (events.ConnectionReady, events.ConnectionClosed):
                     self._ready.unpark()
-                if not isinstance(event, events.SettingsChanged):
-                    self._note(event)
+                if kind is not events.SettingsChanged:
+                    self._note(cast("ConnectionEvent", event))
         return changed
 
     def _moves(self, event: events.Event, stream: Http2Stream) -> bool:
         """Whether the event is a failure after which the request is sent again, on another connection (K24)."""
         if not (isinstance(event, events.StreamFailed) and event.error.unprocessed and stream.replayable):
             return False
-        if self.orphaned:
+        # Not after timeouts: they are the request's own.
+        if self.orphaned or not isinstance(event.error, RemoteProtocolError | ConnectionLost):
             return False
-        if not isinstance(event.error, ConnectionGoingAway | ConnectionLost | StreamReset):
+        if isinstance(event.error, ConnectionGoingAway) and event.error.error_code == ErrorCode.HTTP_1_1_REQUIRED:
             return False
         stream.detach()
         if not self._owner.move(stream, event.error):
@@ -446,6 +461,7 @@ class Http2Connection:
     def _note(self, event: ConnectionEvent) -> None:
         if isinstance(event, events.PingSent):
             log.debug("%s: PING (%s)", self.origin, event.purpose.name.lower())
+            self._owner.connection_pinged(self)
         elif isinstance(event, events.PingAcknowledged):
             log.debug("%s: PING acknowledged after %.1f ms", self.origin, event.rtt * 1000)
         elif isinstance(event, events.GoAwayReceived):
@@ -466,27 +482,43 @@ class Http2Connection:
             log.exception("%s: the event hook failed on %r", self.origin, event)
 
 
-_STREAM_EVENTS = (
-    events.ResponseReceived,
-    events.DataReceived,
-    events.StreamEnded,
-    events.StreamFailed,
-    events.BodyRoom,
-    events.InformationalReceived,
-)
+def _head_came(event: events.ResponseReceived, stream: Http2Stream) -> None:
+    stream.head_came(event.status, event.headers)
 
 
-def _deliver(event: Any, stream: Http2Stream) -> None:
-    if isinstance(event, events.ResponseReceived):
-        stream.head_came(event.status, event.headers)
-    elif isinstance(event, events.DataReceived):
-        stream.data_waits = True
-        stream.wake()
-    elif isinstance(event, events.StreamEnded):
-        stream.trailers = event.trailers
-        stream.ended = True
-        stream.wake()
-    elif isinstance(event, events.StreamFailed):
-        stream.fail(event.error)
-    elif isinstance(event, events.BodyRoom):
-        stream.give_room()
+def _data_came(_event: events.DataReceived, stream: Http2Stream) -> None:
+    stream.data_waits = True
+    stream.wake()
+
+
+def _ended(event: events.StreamEnded, stream: Http2Stream) -> None:
+    stream.trailers = event.trailers
+    stream.ended = True
+    stream.wake()
+
+
+def _failed(event: events.StreamFailed, stream: Http2Stream) -> None:
+    stream.fail(event.error)
+
+
+def _has_room(_event: events.BodyRoom, stream: Http2Stream) -> None:
+    stream.give_room()
+
+
+def _interim(_event: events.InformationalReceived, _stream: Http2Stream) -> None:
+    """Nobody waits for it."""
+
+
+#: What becomes of a stream's events. By type, as each request has several and chains of isinstance cost more.
+_DELIVERIES: dict[type, Callable[[Any, Http2Stream], None]] = {
+    events.ResponseReceived: _head_came,
+    events.DataReceived: _data_came,
+    events.StreamEnded: _ended,
+    events.StreamFailed: _failed,
+    events.BodyRoom: _has_room,
+    events.InformationalReceived: _interim,
+}
+#: Those after which the pool has a slot more.
+_FINAL = frozenset({events.StreamEnded, events.StreamFailed})
+#: Those of a connection's events that change nothing for the pool.
+_OF_NO_CONCERN = frozenset({events.PingSent, events.PingAcknowledged})
