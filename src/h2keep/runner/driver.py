@@ -63,7 +63,7 @@ class AnyioDriver:
         """Start the tasks. Raises `ConnectError` if the loop is shutting down."""
         self._bound_kernel_buffer()
         for run in (self._read, self._write, self._keep_time):
-            self._loop.spawn(self._guarded(run))
+            self._loop.spawn(self._guarded(run), ended=self._task_ended)
             self._running += 1
 
     async def wait_stopped(self) -> None:
@@ -133,13 +133,18 @@ class AnyioDriver:
                 raise
             finally:
                 # Without the three of us the connection is nothing.
-                self._running -= 1
                 if not self._stopped:
                     self._connection.ended(cause)
-                if not self._running:
-                    self._gone.set()
 
         return guarded
+
+    def _task_ended(self) -> None:
+        self._running -= 1
+        if not self._stopped:
+            # It was cancelled before it began.
+            self._connection.loop_ended()
+        if not self._running:
+            self._gone.set()
 
     async def _read(self) -> None:
         sock, connection, time = self._socket, self._connection, self._loop.time

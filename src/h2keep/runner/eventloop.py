@@ -54,10 +54,17 @@ class EventLoop(ABC):
         """A new `Parker`."""
 
     @abstractmethod
-    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+    def spawn(
+        self,
+        run: Callable[[], Coroutine[Any, Any, None]],
+        context: contextvars.Context | None = None,
+        *,
+        ended: Callable[[], object] = bool,
+    ) -> None:
         """Start a task that belongs to nobody, in an empty context unless one is given.
 
-        `run` must not raise: it is nobody's to catch. Raises `ConnectError` if the loop is shutting down.
+        `run` must not raise: it is nobody's to catch. `ended` is called when the task is over, even if the loop's end
+        cancelled it before it began. Raises `ConnectError` if the loop is shutting down.
         """
 
     @abstractmethod
@@ -109,15 +116,28 @@ class _AsyncioLoop(EventLoop):
     def parker(self) -> Parker:
         return _AsyncioParker(self._loop)
 
-    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+    def spawn(
+        self,
+        run: Callable[[], Coroutine[Any, Any, None]],
+        context: contextvars.Context | None = None,
+        *,
+        ended: Callable[[], object] = bool,
+    ) -> None:
         if getattr(self._loop, "_asyncgens_shutdown_called", False):
             # asyncio.run has cancelled its tasks already and would never cancel this one.
             raise ConnectError("the event loop is shutting down")
-        task = self._loop.create_task(run(), context=context or contextvars.Context())
+        context = context or contextvars.Context()
+        task = self._loop.create_task(run(), context=context)
         # A loop that is dropped without cancelling its tasks has nobody to tell "Task was destroyed" to.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            ended()
+
+        # In the task's own context: the caller's would live as long as the task.
+        task.add_done_callback(over, context=context)
 
     def call_from_thread(self, run: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(run)
@@ -169,9 +189,22 @@ class _TrioLoop(EventLoop):
     def parker(self) -> Parker:
         return _TrioParker()
 
-    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], context: contextvars.Context | None = None) -> None:
+    def spawn(
+        self,
+        run: Callable[[], Coroutine[Any, Any, None]],
+        context: contextvars.Context | None = None,
+        *,
+        ended: Callable[[], object] = bool,
+    ) -> None:
+        async def to_its_end() -> None:
+            # Every task of trio's begins.
+            try:
+                await run()
+            finally:
+                ended()
+
         try:
-            self._lowlevel.spawn_system_task(run, context=context)
+            self._lowlevel.spawn_system_task(to_its_end, name=run, context=context)
         except RuntimeError as error:
             raise ConnectError("the event loop is shutting down") from error
 

@@ -55,8 +55,9 @@ _REFUSED_DELAY = 0.1
 _FREE_DRAINING = 2
 #: A replacement for an aged connection may take this long to connect, in seconds (K22).
 _REPLACEMENT_TIMEOUT = 10.0
-#: Between two attempts to replace an aged connection, in seconds: the first, and the longest (K22).
-_REPLACEMENT_DELAYS = (1.0, 60.0)
+#: Between attempts to make another connection while there are some that take requests, in seconds: the first pause, and
+#: the longest; each is twice as long as the one before.
+_PAUSES = (1.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class _OriginState:
     #: Connections that must prove to be alive before they get a request (K9).
     unverified: OrderedDict[Http2Connection, None] = field(default_factory=OrderedDict)
     connections: set[Http2Connection] = field(default_factory=set)
-    #: Connections that take no new requests (K22).
+    #: Connections that take no new requests, or will soon, as they are being replaced (K22).
     draining: set[Http2Connection] = field(default_factory=set)
     queue: deque[_Waiter] = field(default_factory=deque)
     #: Waiters in the queue that have not given up.
@@ -122,6 +123,10 @@ class _OriginState:
     dials: int = 0
     #: A hedge is due or under way (K9c).
     hedging: bool = False
+    #: A dial failed while other connections take requests: it is too early for another one.
+    pausing: bool = False
+    #: How long the next such pause is, in seconds.
+    pause: float = _PAUSES[0]
     #: The last dial's failure, until something succeeds.
     failure: BaseException | None = None
     #: If that was the connect timeout: how long it was. Who allows more may still have it.
@@ -147,9 +152,10 @@ class Pool:
         #: Origins whose queue wants a dial that max_connections forbids now.
         self._starved: OrderedDict[_OriginState, None] = OrderedDict()
         self._dials = 0
-        #: Draining connections that don't count against max_connections, and those that are being replaced.
+        #: Draining connections that don't count against max_connections.
         self._free = 0
-        self._replacing = 0
+        #: Requests on their way from one connection to another (K24).
+        self._moving = 0
         #: Each ends the wait for a connection's age.
         self._ages: dict[Http2Connection, anyio.CancelScope] = {}
         self._expiry_parker = self.loop.parker()
@@ -186,6 +192,8 @@ class Pool:
 
     async def open(self, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
         """Open the request when its turn has come; cancellation leaves the queue."""
+        if self._closed:
+            raise ConnectError("the client has been closed")
         state = self._state(request.origin)
         waiter = _Waiter(request, self.loop.parker(), again)
         if not state.waiting:
@@ -232,11 +240,18 @@ class Pool:
 
     def _leave(self, state: _OriginState, waiter: _Waiter) -> None:
         if waiter.stream is None and waiter.error is None:
-            waiter.gone = True
-            state.waiting -= 1
+            self._give_up(state, waiter)
         while state.queue and state.queue[0].gone:
             state.queue.popleft()
+        if len(state.queue) > 2 * state.waiting + 64:
+            # Those who gave up behind somebody who waits for long would fill it.
+            state.queue = deque(waiter for waiter in state.queue if not waiter.gone)
         self._tidy(state)
+
+    def _give_up(self, state: _OriginState, waiter: _Waiter) -> None:
+        if not waiter.gone:
+            waiter.gone = True
+            state.waiting -= 1
 
     # Sending again (K24)
 
@@ -244,17 +259,19 @@ class Pool:
         """Owner."""
         if self._closed or stream.attempts > _MOST_MOVES:
             return False
+        scope = stream.retry_scope = anyio.CancelScope()
         try:
-            self._spawn(lambda: self._move(stream, error))
+            self._spawn(lambda: self._move(stream, error, scope))
         except ConnectError:
             # The event loop is shutting down.
             return False
+        self._moving += 1
         log.debug("%s: a request is sent again, which wasn't processed: %s", stream.request.origin, error)
         return True
 
-    async def _move(self, stream: Http2Stream, error: H2KeepError) -> None:
+    async def _move(self, stream: Http2Stream, error: H2KeepError, scope: anyio.CancelScope) -> None:
         try:
-            with anyio.CancelScope() as stream.retry_scope:
+            with scope:
                 if isinstance(error, StreamReset):
                     await anyio.sleep(self._random.random() * _REFUSED_DELAY * 2 ** (stream.attempts - 1))
                 if stream.replayable:
@@ -264,10 +281,14 @@ class Pool:
             failure.__cause__ = failure.__cause__ or error
             stream.fail(failure)
         except BaseException:
-            stream.fail(error)
+            if not stream.attached:
+                stream.fail(error)
             raise
         finally:
-            stream.retry_scope = None
+            self._moving -= 1
+            # Its new connection may have failed before this task noticed that there was one.
+            if stream.retry_scope is scope:
+                stream.retry_scope = None
 
     # Choosing
 
@@ -306,6 +327,7 @@ class Pool:
         again: Http2Stream | None = None,
     ) -> Http2Stream:
         self._idle.pop(connection, None)
+        self._use_interval(state, connection)
         try:
             return connection.open(request, again)
         finally:
@@ -318,6 +340,7 @@ class Pool:
             return
         if not connection.protocol.accepting and connection not in state.draining:
             self._count_draining(state, connection, state.draining.add)
+            self._feed_starved()
         if not connection.protocol.accepting or connection.protocol.prospective_slots <= 0:
             state.available.pop(connection, None)
             state.unverified.pop(connection, None)
@@ -327,7 +350,11 @@ class Pool:
     def _serve(self, state: _OriginState) -> None:
         """Open as many waiting requests as there is room for, then see that there will be room for the rest."""
         while state.queue:
-            if state.queue[0].gone:
+            first = state.queue[0]
+            if first.again is not None and not first.again.replayable:
+                # Its requester gave up, and the task that moves it hasn't heard of that yet.
+                self._give_up(state, first)
+            if first.gone:
                 state.queue.popleft()
                 continue
             connection = self._choose(state)
@@ -352,6 +379,8 @@ class Pool:
             room = sum(connection.protocol.prospective_slots for connection in state.unverified)
             if state.waiting <= room:
                 return
+        if state.pausing and any(connection.protocol.accepting for connection in state.connections):
+            return
         wanted = -(-state.waiting // _EXPECTED_STREAMS)
         while state.dials < wanted:
             if not self._may_dial():
@@ -370,18 +399,19 @@ class Pool:
 
     def _counted(self) -> int:
         """Connections, those being made included, that count against max_connections."""
-        return len(self._states) - self._free - self._replacing + self._dials
+        return len(self._states) - self._free + self._dials
+
+    def _is_below_limit(self) -> bool:
+        """Whether max_connections allows another connection."""
+        limit = self._limits.max_connections
+        return limit is None or self._counted() < limit
 
     def _may_dial(self) -> bool:
-        """Whether max_connections allows another connection; an unused one may be closed for it."""
-        limit = self._limits.max_connections
-        if limit is None or self._counted() < limit:
-            return True
-        if self._idle:
+        """The same; an unused connection may be closed for it."""
+        if not self._is_below_limit() and self._idle:
             # The one unused for longest makes way.
             next(iter(self._idle)).close()
-            return self._counted() < limit
-        return False
+        return self._is_below_limit()
 
     def _fail_waiters(self, state: _OriginState, error: BaseException, patience: float = math.inf) -> None:
         """Fail those that allow no more than `patience` for connecting."""
@@ -454,12 +484,15 @@ class Pool:
 
         self._spawn(run)
 
-    async def _dial(self, state: _OriginState, timeout: float | None) -> Http2Connection | None:
+    async def _dial(
+        self, state: _OriginState, timeout: float | None, *, replaces: bool = False
+    ) -> Http2Connection | None:
+        """Make a connection, which was counted in `dials`; one that replaces another is used when it is ready (K22)."""
         failure: BaseException | None = None
         transport: Transport | None = None
         deadline = math.inf
         try:
-            transport, deadline = await self._connect(state.origin, timeout)
+            transport, deadline = await self._connect(state, timeout)
         except Exception as error:  # noqa: BLE001
             # Whatever it was, the requests that wait for this dial must hear of it.
             failure = error
@@ -469,7 +502,7 @@ class Pool:
         connection: Http2Connection | None = None
         if transport is not None:
             try:
-                connection = self._adopt(state, transport)
+                connection = self._adopt(state, transport, ready=not replaces or state.waiting > 0)
             except ConnectError as error:
                 transport.socket.close()
                 failure = error
@@ -477,14 +510,35 @@ class Pool:
             state.failure = failure if state.waiting else None
             state.patience = timeout if timeout is not None and isinstance(failure, ConnectTimeout) else math.inf
             self._settle_failure(state)
+            self._dial_later(state)
             self._feed_starved()
         self._tidy(state)
         if connection is not None and timeout is not None:
             await self._await_settings(connection, timeout, deadline)
         return connection
 
-    async def _connect(self, origin: Origin, timeout: float | None) -> tuple[Transport, float]:
+    def _dial_later(self, state: _OriginState) -> None:
+        """A dial failed. Those who wait for room on other connections still want one of their own, but not at once."""
+        if not state.waiting or state.dials or state.hedging or state.unverified or state.pausing:
+            return
+        # It is dealt with: should the other connections end, the next dial decides.
+        state.failure = None
+        pause, longest = state.pause, _PAUSES[1]
+        state.pausing = True
+        state.pause = min(2 * pause, longest)
+
+        async def run() -> None:
+            try:
+                await anyio.sleep(pause)
+            finally:
+                state.pausing = False
+            self._serve(state)
+
+        self._spawn(run)
+
+    async def _connect(self, state: _OriginState, timeout: float | None) -> tuple[Transport, float]:
         """A transport, and when its SETTINGS are due. Each attempt that `retries` allows has the whole timeout."""
+        origin = state.origin
         for delay in _retry_delays(self._options.retries):
             try:
                 with anyio.move_on_after(timeout) as patience:
@@ -493,7 +547,7 @@ class Pool:
             except HTTP2NotSupported:
                 raise
             except ConnectError:
-                if delay is None:
+                if delay is None or not state.waiting:
                     raise
                 await anyio.sleep(delay)
         raise AssertionError("the last attempt has no delay after it")
@@ -514,7 +568,8 @@ class Pool:
                 )
             )
 
-    def _adopt(self, state: _OriginState, transport: Transport) -> Http2Connection:
+    def _adopt(self, state: _OriginState, transport: Transport, *, ready: bool) -> Http2Connection:
+        """Take a new connection in; one that isn't to be used yet will be, as soon as its SETTINGS come."""
         if self._closed:
             raise ConnectError("the client has been closed")
         connection = Http2Connection(
@@ -525,43 +580,55 @@ class Pool:
             connection.protocol.keepalive.use_interval(state.memory.current(self.loop.time()))
         driver.start()
         state.failure = state.lost = None
+        state.pause = _PAUSES[0]
         state.connections.add(connection)
-        state.available[connection] = None
         self._states[connection] = state
+        if ready:
+            state.available[connection] = None
         if self._limits.max_connection_age is not None:
             # Up to a tenth less, lest all that were made at once be replaced at once.
             age = self._limits.max_connection_age * (1 - 0.1 * self._random.random())
             self._spawn(lambda: self._age(state, connection, age))
         self._serve(state)
-        self._note_idle(connection)
-        self._trim(state)
+        if ready:
+            self._note_idle(connection)
+            self._trim(state)
         return connection
 
     # Age (K22)
 
     async def _age(self, state: _OriginState, connection: Http2Connection, age: float) -> None:
         """Replace a connection when it has lived for so long; it ends when its last request has."""
-        with anyio.CancelScope() as scope:
-            self._ages[connection] = scope
-            await anyio.sleep(age)
-            self._replacing += 1
-            try:
-                await self._replace(state, connection)
-                connection.retire()
-            finally:
-                self._replacing -= 1
+        await self._live_on(connection, age)
+        if connection.protocol.accepting:
+            if connection not in state.draining:
+                self._count_draining(state, connection, state.draining.add)
+            await self._replace(state, connection)
+            connection.retire()
+
+    async def _live_on(self, connection: Http2Connection, seconds: float) -> None:
+        """Sleep, until the connection ends at most."""
+        if connection in self._states:
+            with anyio.CancelScope() as self._ages[connection]:
+                await anyio.sleep(seconds)
+            self._ages.pop(connection, None)
 
     async def _replace(self, state: _OriginState, connection: Http2Connection) -> None:
         """Connect anew, if that is of use. Until there is a replacement the old connection takes requests."""
-        delay, longest = _REPLACEMENT_DELAYS
+        began = self.loop.time()
+        pause, longest = _PAUSES
         while connection.protocol.accepting and self._is_wanted(state, connection):
-            state.dials += 1
-            self._dials += 1
-            new = await self._dial(state, _REPLACEMENT_TIMEOUT)
-            if new is not None and not new.protocol.closed:
+            if self._is_below_limit():
+                state.dials += 1
+                self._dials += 1
+                new = await self._dial(state, _REPLACEMENT_TIMEOUT, replaces=True)
+                if new is not None and new.protocol.ready:
+                    return
+            elif any(other.protocol.ready and other.stats.ready_at >= began for other in state.connections):
+                # One that the queue asked for has taken its place.
                 return
-            await anyio.sleep(delay)
-            delay = min(2 * delay, longest)
+            await self._live_on(connection, pause)
+            pause = min(2 * pause, longest)
 
     def _is_wanted(self, state: _OriginState, connection: Http2Connection) -> bool:
         """Whether a connection is in use, so that a replacement will be."""
@@ -595,6 +662,17 @@ class Pool:
             self._classify(state, connection)
             self._serve(state)
             self._trim(state)
+
+    def connection_pinged(self, connection: Http2Connection) -> None:
+        """Owner."""
+        state = self._states.get(connection)
+        if state is not None:
+            self._use_interval(state, connection)
+
+    def _use_interval(self, state: _OriginState, connection: Http2Connection) -> None:
+        """What an hour without another punishment brings reaches a connection when it is used (K13)."""
+        if connection.protocol.keepalive.interval != self._keepalive.read_idle_timeout and state.memory is not None:
+            connection.use_interval(state.memory.current(self.loop.time()))
 
     def connection_calmed(self, connection: Http2Connection) -> None:
         """Owner."""
@@ -689,7 +767,8 @@ class Pool:
         for driver in drivers:
             await driver.wait_stopped()
         if self._scopes:
-            self._quiet = anyio.Event()
+            # Others may be waiting for it, too.
+            self._quiet = self._quiet or anyio.Event()
             await self._quiet.wait()
 
     def close(self) -> None:
@@ -715,8 +794,10 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is open, unread, or waiting for a connection."""
-        return len(self._idle) < len(self._states) or any(state.waiting for state in self._origins.values())
+        """Whether a request is open, unread, waiting for a connection, or moving to another one."""
+        if self._moving or len(self._idle) < len(self._states):
+            return True
+        return any(state.waiting for state in self._origins.values())
 
     @property
     def left_open(self) -> bool:
@@ -727,15 +808,16 @@ class Pool:
         scope = anyio.CancelScope()
 
         async def scoped() -> None:
-            try:
-                with scope:
-                    await run()
-            finally:
-                self._scopes.discard(scope)
-                if self._quiet is not None and not self._scopes:
-                    self._quiet.set()
+            with scope:
+                await run()
 
-        self.loop.spawn(scoped)
+        def ended() -> None:
+            self._scopes.discard(scope)
+            if self._quiet is not None and not self._scopes:
+                self._quiet.set()
+                self._quiet = None
+
+        self.loop.spawn(scoped, ended=ended)
         self._scopes.add(scope)
 
 

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Http2Stream"]
 
+#: Kept chunks smaller than this are joined: as objects of their own they would take more than their bytes.
+_SMALL_CHUNK = 1024
+
 
 class Http2Stream:
     """A request on a connection, and its response as it comes in."""
 
     __slots__ = (
-        "_attached",
         "_complete",
         "_connection",
         "_kept",
@@ -43,6 +45,7 @@ class Http2Stream:
         "_upload_failure",
         "_upload_scope",
         "_wake",
+        "attached",
         "attempts",
         "data_waits",
         "ended",
@@ -59,8 +62,9 @@ class Http2Stream:
         self._connection = connection
         self.id = stream_id
         self.request = request
-        #: On how many connections it was opened.
+        #: How often it was opened, and whether it is: not between two attempts.
         self.attempts = 1
+        self.attached = True
         #: Ends the wait for another connection.
         self.retry_scope: anyio.CancelScope | None = None
         self.status: int | None = None
@@ -76,11 +80,9 @@ class Http2Stream:
         self._upload_scope: anyio.CancelScope | None = None
         self._upload_failure: BaseException | None = None
         # What a streamed body gave so far; None if that can't be sent again.
-        self._kept: list[bytes | memoryview] | None = []
+        self._kept: list[bytes | bytearray | memoryview] | None = []
         self._kept_size = 0
         self._complete = False
-        # Whether the connection has this request: not between two attempts.
-        self._attached = True
 
     @property
     def connection(self) -> Http2Connection:
@@ -95,6 +97,8 @@ class Http2Stream:
 
     def fail(self, error: H2KeepError) -> None:
         """The request failed; the body iterator is not pulled any more (K8)."""
+        if self.attempts > 1:
+            error.args = (f"{error}; {self.attempts} attempts were made",)
         self.error = error
         if self._upload_scope is not None:
             self._upload_scope.cancel()
@@ -104,7 +108,7 @@ class Http2Stream:
         """The response has started: the request won't be sent again."""
         self.status = status
         self.headers = headers
-        self._kept = None
+        self._let_go_of_body()
         self._wake()
 
     @property
@@ -116,17 +120,19 @@ class Http2Stream:
 
     def detach(self) -> None:
         """The connection has let go of the request, which waits for another one."""
-        self._attached = False
+        self.attached = False
 
     def attach(self, connection: Http2Connection, stream_id: int) -> None:
         """The request is open on another connection: send there what was sent before."""
         self._connection = connection
         self.id = stream_id
         self.attempts += 1
-        self._attached = True
+        self.attached = True
         room = True
         for chunk in self._kept or ():
-            room = connection.send_data(stream_id, chunk, end_stream=False)
+            # What is queued is queued by reference, and mustn't grow any more.
+            fixed = bytes(chunk) if isinstance(chunk, bytearray) else chunk
+            room = connection.send_data(stream_id, fixed, end_stream=False)
         if self._complete:
             connection.send_data(stream_id, b"", end_stream=True)
         elif room:
@@ -203,7 +209,7 @@ class Http2Stream:
             self._upload_scope.cancel()
         if self.retry_scope is not None:
             self.retry_scope.cancel()
-        self._kept = None
+        self._let_go_of_body()
         self._connection.release(self)
 
     def give_up(self) -> None:
@@ -254,7 +260,7 @@ class Http2Stream:
         """Sink."""
         self._keep(chunk)
         self._room = anyio.Event()
-        if not (self._attached and self._connection.send_data(self.id, chunk, end_stream=False)):
+        if not (self.attached and self._connection.send_data(self.id, chunk, end_stream=False)):
             await self._room.wait()
         self._room = None
 
@@ -262,17 +268,26 @@ class Http2Stream:
         if self._kept is None:
             return
         self._kept_size += len(chunk)
-        if self._kept_size <= self.request.replay_buffer:
-            self._kept.append(chunk)
-        else:
+        if self._kept_size > self.request.replay_buffer and self.attached:
             self._kept = None
+        elif len(chunk) >= _SMALL_CHUNK:
+            self._kept.append(chunk)
+        elif self._kept and isinstance(self._kept[-1], bytearray):
+            self._kept[-1] += chunk
+        else:
+            self._kept.append(bytearray(chunk))
+
+    def _let_go_of_body(self) -> None:
+        """It won't be sent again. Whoever still sends it holds it himself."""
+        self._kept = None
+        self.request.body = None
 
     def wanted(self) -> bool:
         """Sink."""
-        return not self._attached or self._connection.wants_body(self.id)
+        return not self.attached or self._connection.wants_body(self.id)
 
     def finish(self) -> None:
         """Sink."""
         self._complete = True
-        if self._attached:
+        if self.attached:
             self._connection.send_data(self.id, b"", end_stream=True)
