@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -12,6 +12,9 @@ import h2keep
 from h2keep.protocol import events
 from support.clock import virtual_time
 from support.raw import RawServer, answering
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
 
@@ -121,12 +124,12 @@ async def test_unused_connections_are_closed_after_keepalive_expiry() -> None:
 
 
 async def test_k13_an_origin_that_punishes_pings_is_asked_half_as_often(caplog: pytest.LogCaptureFixture) -> None:
-    async with RawServer.listen() as server, client() as c:
+    async with RawServer.listen() as server, client(replay_buffer=0) as c:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_is_going_away, c, server.url)
             peer = await server.accept()
             await peer.handshake()
-            await peer.request()
+            await (await peer.request()).complete()
             await anyio.sleep(100.0)
             await peer.goaway(0, 0xB, b"too_many_pings")
         server.serve(answering(delay=200.0))
@@ -136,9 +139,13 @@ async def test_k13_an_origin_that_punishes_pings_is_asked_half_as_often(caplog: 
         assert "read_idle_timeout goes from 30 s to 60 s" in caplog.text
 
 
+async def _once() -> AsyncIterator[bytes]:
+    yield b"a body of which nothing is kept can't be sent again (K24)"
+
+
 async def _is_going_away(c: h2keep.AsyncClient, url: str) -> None:
     with pytest.raises(h2keep.ConnectionGoingAway) as caught:
-        await c.get(url)
+        await c.post(url, content=_once())
     assert caught.value.unprocessed
 
 

@@ -36,7 +36,11 @@ ENHANCE_YOUR_CALM = 0xB
 async def test_k13_the_other_connections_of_the_origin_slow_down_at_once(
     plain_ends: Ends, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with plain_ends.listen() as server, RawServer.listen() as elsewhere, plain_ends.client() as c:
+    async with (
+        plain_ends.listen() as server,
+        RawServer.listen() as elsewhere,
+        plain_ends.client(replay_buffer=0) as c,
+    ):
         server.serve(answering(delay=400.0), {SETTINGS.MAX_CONCURRENT_STREAMS: 1})
         elsewhere.serve(answering(delay=400.0))
         intervals: list[float | None] = []
@@ -44,12 +48,8 @@ async def test_k13_the_other_connections_of_the_origin_slow_down_at_once(
         async def get(url: str) -> None:
             intervals.append((await c.get(url)).connection.interval)
 
-        async def is_punished() -> None:
-            with pytest.raises(h2keep.ConnectionGoingAway):
-                await c.get(server.url)
-
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(is_punished)
+            tasks.start_soon(_is_going_away, c, server.url)
             await anyio.sleep(1.0)
             tasks.start_soon(get, server.url)
             tasks.start_soon(get, elsewhere.url)
@@ -71,13 +71,13 @@ async def test_k13_the_other_connections_of_the_origin_slow_down_at_once(
 async def test_k13_above_a_minute_the_warning_tells_of_middleboxes(
     plain_ends: Ends, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with plain_ends.listen() as server, plain_ends.client() as c:
+    async with plain_ends.listen() as server, plain_ends.client(replay_buffer=0) as c:
         for expected in (60.0, 120.0, 240.0, 330.0, 330.0):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_is_going_away, c, server.url)
                 peer = await server.accept()
                 await peer.handshake()
-                await peer.request()
+                await (await peer.request()).complete()
                 await peer.goaway(0, ENHANCE_YOUR_CALM, b"too_many_pings")
             assert f" to {expected:g} s for this origin" in caplog.messages[-1]
             assert ("middleboxes may now forget the connection" in caplog.messages[-1]) == (expected > 60)
@@ -87,12 +87,12 @@ async def test_k13_other_reasons_for_calm_change_nothing_and_are_logged(
     plain_ends: Ends, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "h2keep")
-    async with plain_ends.listen() as server, plain_ends.client() as c:
+    async with plain_ends.listen() as server, plain_ends.client(replay_buffer=0) as c:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_is_going_away, c, server.url)
             peer = await server.accept()
             await peer.handshake()
-            await peer.request()
+            await (await peer.request()).complete()
             await anyio.sleep(35.0)
             await peer.goaway(0, ENHANCE_YOUR_CALM, b"too_many_resets")
         server.serve(answering())
@@ -101,9 +101,13 @@ async def test_k13_other_reasons_for_calm_change_nothing_and_are_logged(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
+async def _once() -> AsyncIterator[bytes]:
+    yield b"a body of which nothing is kept can't be sent again (K24)"
+
+
 async def _is_going_away(c: h2keep.AsyncClient, url: str) -> None:
     with pytest.raises(h2keep.ConnectionGoingAway):
-        await c.get(url)
+        await c.post(url, content=_once())
 
 
 # Cost and ends

@@ -466,21 +466,27 @@ async def test_a_slot_that_an_upload_frees_after_its_response_serves_the_queue()
 async def test_k24_a_reset_fails_its_request_alone_and_only_a_refusal_is_unprocessed(
     code: int, before: int | None, unprocessed: bool
 ) -> None:
+    async def once() -> AsyncIterator[bytes]:
+        yield b"once"
+
     async def handler(peer: Peer) -> None:
         request = await peer.request()
+        await request.complete()
         if before is not None:
             await peer.send(peer.headers_frame(request.stream_id, before))
         await peer.rst(request.stream_id, code)
         await answering()(peer)
 
-    async with RawServer.listen() as server, client() as c:
+    # A body of which nothing is kept can't be sent again, so a refusal is to be seen, too.
+    async with RawServer.listen() as server, client(replay_buffer=0) as c:
         server.serve(handler)
         with pytest.raises(h2keep.StreamReset) as caught:
-            await c.get(server.url)
+            await c.post(server.url, content=once())
         assert (caught.value.error_code, caught.value.unprocessed) == (code, unprocessed)
         assert server.url in str(caught.value)
         assert (await c.get(server.url)).content == b"ok"
         assert len(server.peers) == 1
+        assert len(server.peers[0].requests) == 2
         assert not server.peers[0].seen(frames.RstStreamFrame)
         assert_at_rest(c)
 
