@@ -39,7 +39,7 @@ LEVELS = [
     ("protocol",),
     ("runner",),
     ("_background", "_proxies"),
-    ("_connections",),
+    ("_connections", "_fallback"),
     ("_messages",),
     ("client",),
     ("sync",),

@@ -7,14 +7,10 @@ httpx passes on as they are. What can't be HTTP/2 goes to the pool that the tran
 from __future__ import annotations
 
 import importlib
-import logging
-import time
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
-from h2keep import errors
 from h2keep._connections import Connections
+from h2keep._fallback import Body, Fallback, Where
 from h2keep._transport import (
     AsyncBridge,
     Bridge,
@@ -29,46 +25,15 @@ from h2keep._transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from h2keep._transport import AnyStream
     from h2keep.keepalive import Keepalive
 
-__all__ = ["AsyncPool", "Http1Origins", "Pool", "http1_origins", "pool_for"]
+__all__ = ["AsyncPool", "Pool", "pool_for"]
 
-log = logging.getLogger("h2keep")
-
-#: How long a server is believed to speak no HTTP/2, in seconds.
-_MEMORY_SECONDS = 600.0
-#: Origins remembered at most.
-_MEMORY_SIZE = 1024
 #: The module of httpcore that each library stands on.
 _CORES = {"httpx": "httpcore", "httpx2": "httpcore2"}
-#: RFC 9113, section 7.
-_HTTP_1_1_REQUIRED = 0xD
-
-
-class Http1Origins:
-    """The origins that were found to speak no HTTP/2, for a while each; shared by all pools of the process."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._until: dict[object, float] = {}
-
-    def __contains__(self, origin: object) -> bool:
-        until = self._until.get(origin)
-        return until is not None and self._now() < until
-
-    def add(self, origin: object) -> bool:
-        """Remember an origin; whether it is a new one. Those that have been forgotten since are none."""
-        is_new = self._until.pop(origin, None) is None
-        self._until[origin] = self._now() + _MEMORY_SECONDS
-        if len(self._until) > _MEMORY_SIZE:
-            self._until.pop(next(iter(self._until)), None)
-        return is_new
-
-
-http1_origins = Http1Origins()
 
 
 def pool_for(
@@ -89,6 +54,7 @@ def pool_for(
         local_address=options["local_address"],
         socket_options=options["socket_options"],
         event_hook=None,
+        retries=options["retries"],
     )
     library = importlib.import_module(f"h2keep.{name}").library
     kind = AsyncPool if hasattr(stock, "handle_async_request") else Pool
@@ -106,9 +72,8 @@ class _StandIn(Requests):
         self._library = library
         self._stock = stock
         self._connections = connections
-        self._only_http2 = _only_http2(options)
-        self._retries: int = options["retries"]
-        self._uds = options["uds"]
+        # http2=False, their default, is not obeyed: nobody can tell it from no choice.
+        self._fallback = Fallback(library.name, http1=not _only_http2(options), uds=options["uds"])
         self._make_response = importlib.import_module(_CORES[library.name]).Response
 
     def __getattr__(self, name: str) -> Any:
@@ -119,17 +84,15 @@ class _StandIn(Requests):
     def __repr__(self) -> str:
         return f"<h2keep in the place of {self._stock!r}>"
 
-    def _is_ours(self, request: Any) -> bool:
-        """Whether the request is to be tried with HTTP/2."""
-        if self._only_http2:
-            return True
+    def _where(self, request: Any) -> Where:
         url = request.url
-        if url.scheme != b"https" or (url.host, url.port, self._uds) in http1_origins:
-            return False
-        # Upgrade is HTTP/1.1's (RFC 9113, section 8.6): who sends it wants a WebSocket.
-        return not any(len(name) == 7 and name.lower() == b"upgrade" for name, _ in request.headers)
+        return Where(url.scheme.decode("ascii"), url.host, url.port, request.extensions.get("sni_hostname"))
 
-    def _parts(self, request: Any) -> Parts:
+    def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
+        fields: list[tuple[bytes, bytes]] = request.headers
+        return fields
+
+    def _parts(self, request: Any, body: bytes | Body) -> Parts:
         url, extensions = request.url, request.extensions
         origin = origin_of(url.scheme.decode("ascii"), url.host, url.port, extensions.get("sni_hostname"))
         authority, fields = split_host(request.headers)
@@ -139,7 +102,7 @@ class _StandIn(Requests):
             authority or _authority(url),
             url.target,
             fields,
-            self._library.whole(request.stream),
+            body,
             timeout_of(extensions.get("timeout")),
         )
 
@@ -147,52 +110,12 @@ class _StandIn(Requests):
         extensions = extensions_of(stream)
         return self._make_response(stream.status, headers=stream.headers, content=body, extensions=extensions)
 
-    def _watch_body(self, request: Any) -> None:
-        """Only if connecting may have to be tried again."""
-        if self._retries and not isinstance(request.stream, self._library.module.ByteStream):
-            request.stream = _Untouched(request.stream)
-
-    def _is_untouched(self, body: Any) -> bool:
-        """Whether the request can be sent again."""
-        return isinstance(body, self._library.module.ByteStream) or (isinstance(body, _Untouched) and not body.begun)
-
-    def _next_try(self, request: Any, error: errors.H2KeepError, failures: int) -> float | None:
-        """In how many seconds to look again where the request should go; None if the error is the last word."""
-        if isinstance(error, errors.HTTP2NotSupported):
-            return self._leave_to_stock(request, error)
-        if getattr(error, "error_code", None) == _HTTP_1_1_REQUIRED:
-            return self._leave_to_stock(request, error) if self._is_untouched(request.stream) else None
-        if not isinstance(error, errors.ConnectError) or not error.unprocessed or failures > self._retries:
-            return None
-        # As in httpcore: 0, 0.5, 1, 2, 4 s ...
-        return (0.5 * 2 ** (failures - 2) if failures > 1 else 0.0) if self._is_untouched(request.stream) else None
-
-    def _leave_to_stock(self, request: Any, error: errors.H2KeepError) -> float | None:
-        if self._only_http2:
-            return None
-        url = request.url
-        if http1_origins.add((url.host, url.port, self._uds)):
-            log.warning("%s. Until then %s's own transport serves it, without PINGs", error, self._library.name)
-        return 0.0
-
 
 class Pool(_StandIn, Bridge):
     """In the place of httpcore's `ConnectionPool`."""
 
-    def handle_request(self, request: Any) -> Any:
-        """RequestInterface."""
-        self._watch_body(request)
-        failures = 0
-        while self._is_ours(request):
-            try:
-                return super().handle_request(request)
-            except errors.H2KeepError as error:
-                failures += 1
-                delay = self._next_try(request, error, failures)
-                if delay is None:
-                    raise
-            if delay:
-                time.sleep(delay)
+    def _leave(self, request: Any, where: Where) -> Any:
+        del where
         return self._stock.handle_request(request)
 
     def close(self) -> None:
@@ -206,20 +129,8 @@ class Pool(_StandIn, Bridge):
 class AsyncPool(_StandIn, AsyncBridge):
     """In the place of httpcore's `AsyncConnectionPool`."""
 
-    async def handle_async_request(self, request: Any) -> Any:
-        """AsyncRequestInterface."""
-        self._watch_body(request)
-        failures = 0
-        while self._is_ours(request):
-            try:
-                return await super().handle_async_request(request)
-            except errors.H2KeepError as error:
-                failures += 1
-                delay = self._next_try(request, error, failures)
-                if delay is None:
-                    raise
-            if delay:
-                await anyio.sleep(delay)
+    async def _leave(self, request: Any, where: Where) -> Any:
+        del where
         return await self._stock.handle_async_request(request)
 
     async def aclose(self) -> None:
@@ -233,19 +144,3 @@ class AsyncPool(_StandIn, AsyncBridge):
 def _authority(url: Any) -> bytes:
     host: bytes = b"[%b]" % url.host if b":" in url.host else url.host
     return host if url.port is None else b"%b:%d" % (host, url.port)
-
-
-class _Untouched:
-    """A request's body, and whether anybody has begun with it."""
-
-    def __init__(self, body: Any) -> None:
-        self._body = body
-        self.begun = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        self.begun = True
-        return iter(self._body)
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        self.begun = True
-        return aiter(self._body)

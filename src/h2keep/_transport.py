@@ -13,11 +13,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeAlias
 
 from h2keep import errors
 from h2keep._connections import Connections
+from h2keep._fallback import Body, Fallback, OwnTransports, Where
 from h2keep._proxies import always, from_environment
+from h2keep.keepalive import Keepalive
 from h2keep.protocol.headers import CONNECTION_SPECIFIC
 from h2keep.runner.dial import Origin, SocketOption
 from h2keep.runner.pool import Limits
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from types import ModuleType, TracebackType
 
     from h2keep._proxies import ProxyFor
-    from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
     from h2keep.runner.stream import Http2Stream
@@ -63,9 +64,9 @@ class Library:
         )
         self._classes: dict[type[errors.H2KeepError], type[errors.H2KeepError]] = {}
 
-    def whole(self, body: Any) -> Any:
-        """A request's body as bytes where it is known in full, else as it is."""
-        return b"".join(body) if isinstance(body, self.module.ByteStream) else body
+    def body(self, source: Any) -> bytes | Body:
+        """A request's body: as bytes where it is known in full."""
+        return b"".join(source) if isinstance(source, self.module.ByteStream) else Body(source)
 
     def proxy_for(self, proxy: Any, *, trust_env: bool) -> ProxyFor | None:
         """The proxy of each origin: the one given, as the library's transports take it, else the environment's."""
@@ -236,9 +237,18 @@ class Requests(ABC):
 
     _library: Library
     _connections: Connections
+    _fallback: Fallback
 
     @abstractmethod
-    def _parts(self, request: Any) -> Parts:
+    def _where(self, request: Any) -> Where:
+        """Where it goes."""
+
+    @abstractmethod
+    def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
+        """Its fields, as they are written in HTTP/1.1."""
+
+    @abstractmethod
+    def _parts(self, request: Any, body: bytes | Body) -> Parts:
         """What `Connections` wants to know of a request."""
 
     @abstractmethod
@@ -249,12 +259,27 @@ class Requests(ABC):
 class AsyncBridge(Requests):
     """Requests out and responses in, for whoever has connections; usable from several event loops."""
 
+    @abstractmethod
+    async def _leave(self, request: Any, where: Where) -> Any:
+        """Have the library serve what HTTP/2 doesn't carry."""
+
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
+        where = self._where(request)
+        if self._fallback.carries(where, self._fields(request)):
+            body = self._library.body(request.stream)
+            try:
+                return await self._send(request, body)
+            except errors.H2KeepError as error:
+                if not self._fallback.takes_over(where, error, body):
+                    raise
+        return await self._leave(request, where)
+
+    async def _send(self, request: Any, body: bytes | Body) -> Any:
         trace: Trace | None = request.extensions.get("trace")
         await _tell(trace, f"{_HEAD}.started", request=request)
         try:
-            stream = await self._connections.send(*self._parts(request))
+            stream = await self._connections.send(*self._parts(request, body))
         except errors.H2KeepError as error:
             await self._library.refuse(error, trace, _HEAD)
         try:
@@ -283,13 +308,28 @@ class AsyncBridge(Requests):
 class Bridge(Requests):
     """The same for any number of threads; the connections live on a background thread."""
 
+    @abstractmethod
+    def _leave(self, request: Any, where: Where) -> Any:
+        """Have the library serve what HTTP/2 doesn't carry."""
+
     def handle_request(self, request: Any) -> Any:
         """BaseTransport."""
+        where = self._where(request)
+        if self._fallback.carries(where, self._fields(request)):
+            body = self._library.body(request.stream)
+            try:
+                return self._send(request, body)
+            except errors.H2KeepError as error:
+                if not self._fallback.takes_over(where, error, body):
+                    raise
+        return self._leave(request, where)
+
+    def _send(self, request: Any, body: bytes | Body) -> Any:
         trace: BlockingTrace | None = request.extensions.get("trace")
         if trace is not None:
             trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = self._connections.send_blocking(*self._parts(request))
+            stream = self._connections.send_blocking(*self._parts(request, body))
         except errors.H2KeepError as error:
             raise self._library.told(error, trace, _HEAD) from error.__cause__
         if trace is not None:
@@ -332,11 +372,15 @@ class _Transport(Requests):
       go on while the application blocks its own.
 
     `limits` that are given are obeyed, httpx's keepalive_expiry of 5 s included; without any, connections are kept for
-    300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and offers TLS servers nothing but h2.
-    Without `proxy`, and unless `uds` is given, `trust_env` has the proxies of the environment used: the library's
-    client reads these variables no more when it is given a transport. Raises ValueError for what this version doesn't
-    do: `http2=False`.
+    300 s. `http1=False` makes http:// URLs HTTP/2 with prior knowledge, and refuses TLS servers without h2. Else these
+    servers, http:// URLs and requests with `Upgrade` are served by the library's own transport, made with the same
+    arguments, which has no PINGs but TCP keepalive (K18); `http2=False` leaves everything to it. Without `proxy`, and
+    unless `uds` is given, `trust_env` has the proxies of the environment used: the library's client reads these
+    variables no more when it is given a transport.
     """
+
+    #: The library's class that this one stands for.
+    _KIND: ClassVar[str]
 
     def __init__(
         self,
@@ -359,9 +403,11 @@ class _Transport(Requests):
         event_hook: EventHook | None = None,
         run_in_thread: bool = False,
     ) -> None:
-        if not http2:
-            raise ValueError("http2: False leaves this transport nothing to do; use httpx's own HTTPTransport")
+        if not http1 and not http2:
+            raise ValueError("http1, http2: with neither there is nothing left to speak")
         context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
+        options: tuple[SocketOption, ...] = tuple(socket_options or ())
+        proxy_for = self._library.proxy_for(proxy, trust_env=trust_env and uds is None)
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -370,24 +416,42 @@ class _Transport(Requests):
             http1=http1,
             uds=uds,
             local_address=local_address,
-            socket_options=socket_options,
+            socket_options=options,
             retries=retries,
             replay_buffer=replay_buffer,
             event_hook=event_hook,
             run_in_thread=run_in_thread,
-            proxy_for=self._library.proxy_for(proxy, trust_env=trust_env and uds is None),
+            proxy_for=proxy_for,
+        )
+        self._fallback = Fallback(self._library.name, http1=http1, http2=http2, uds=uds, proxy_for=proxy_for)
+        own: dict[str, Any] = {"verify": context, "trust_env": trust_env, "uds": uds, "local_address": local_address}
+        own |= {"retries": retries, "socket_options": options, "http1": True, "http2": False}
+        module = self._library.module
+        self._own = OwnTransports(
+            getattr(module, self._KIND),
+            module.Proxy,
+            own if limits is None else own | {"limits": limits},
+            Keepalive() if keepalive is None else keepalive,
         )
 
-    def _parts(self, request: Any) -> Parts:
+    def _where(self, request: Any) -> Where:
+        url = request.url
+        return Where(url.scheme, url.raw_host, url.port, request.extensions.get("sni_hostname"))
+
+    def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
+        fields: list[tuple[bytes, bytes]] = request.headers.raw
+        return fields
+
+    def _parts(self, request: Any, body: bytes | Body) -> Parts:
         authority, fields = split_host(request.headers.raw)
         url, extensions = request.url, request.extensions
         return (
             request.method.encode("ascii", "replace"),
             origin_of(url.scheme, url.raw_host, url.port, extensions.get("sni_hostname")),
             authority or url.netloc,
-            url.raw_path,
+            extensions.get("target", url.raw_path),
             fields,
-            self._library.whole(request.stream),
+            body,
             timeout_of(extensions.get("timeout")),
         )
 
@@ -403,9 +467,41 @@ class _Transport(Requests):
 class AsyncTransport(_Transport, AsyncBridge):
     """`_Transport` as an `AsyncBaseTransport`; usable from several event loops, each with connections of its own."""
 
+    _KIND = "AsyncHTTPTransport"
+
+    async def _leave(self, request: Any, where: Where) -> Any:
+        self._fallback.tell(where)
+        try:
+            return await self._own.aserve(request, where, self._fallback.proxy(where))
+        except errors.H2KeepError as error:
+            raise self._library.translate(error) from error.__cause__
+
+    async def aclose(self) -> None:
+        """AsyncBaseTransport. Idempotent."""
+        try:
+            await super().aclose()
+        finally:
+            await self._own.aclose()
+
 
 class Transport(_Transport, Bridge):
     """`_Transport` as a `BaseTransport`, for any number of threads; the connections live on a background thread."""
+
+    _KIND = "HTTPTransport"
+
+    def _leave(self, request: Any, where: Where) -> Any:
+        self._fallback.tell(where)
+        try:
+            return self._own.serve(request, where, self._fallback.proxy(where))
+        except errors.H2KeepError as error:
+            raise self._library.translate(error) from error.__cause__
+
+    def close(self) -> None:
+        """BaseTransport. Idempotent."""
+        try:
+            super().close()
+        finally:
+            self._own.close()
 
 
 async def _tell(trace: Trace | None, event: str, **info: Any) -> None:
@@ -461,4 +557,8 @@ def origin_of(scheme: str, raw_host: bytes, port: int | None, server_hostname: s
         raise errors.UnsupportedProtocol(f"url: the scheme {scheme!r} is not 'https' or 'http'")
     if not raw_host:
         raise errors.UnsupportedProtocol(f"url: there is no host after {scheme!r}")
-    return Origin(scheme, raw_host.decode("ascii"), port or (443 if scheme == "https" else 80), server_hostname)
+    if port == 0:
+        raise errors.UnsupportedProtocol("url: nothing can listen on port 0")
+    if port is None:
+        port = 443 if scheme == "https" else 80
+    return Origin(scheme, raw_host.decode("ascii"), port, server_hostname)

@@ -217,7 +217,7 @@ class TestConnecting:
     @pytest.mark.parametrize(
         ("url", "text"),
         [
-            ("http://127.0.0.1:1/", "http1=False"),
+            ("https://127.0.0.1:0/", "port 0"),
             ("ftp://127.0.0.1/", "ftp"),
             ("/relative", "https://"),
             ("https:///path", "name a host"),

@@ -611,9 +611,9 @@ class TestArguments:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"http2": False}, "http2: False"),
+        ({"http1": False, "http2": False}, "http1, http2: "),
         ({"proxy": "ftp://127.0.0.1"}, "Unknown scheme for proxy URL"),
-        ({"retries": 2}, "retries: 2"),
+        ({"retries": -1}, "retries: -1"),
         ({"engine": "nghttp2"}, "engine: 'nghttp2'"),
     ],
 )

@@ -16,7 +16,7 @@ import anyio.to_thread
 import pytest
 
 import h2keep
-from h2keep import _httpcore
+from h2keep import _fallback
 from support.clock import Backend
 from support.raw import GONE, Peer, RawServer, task_group
 
@@ -31,7 +31,7 @@ _PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing stays installed, and no test learns from another."""
-    monkeypatch.setattr(_httpcore, "http1_origins", _httpcore.Http1Origins())
+    monkeypatch.setattr(_fallback, "http1_origins", _fallback.Http1Origins())
     for name in _PROXY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

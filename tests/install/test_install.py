@@ -20,7 +20,7 @@ import pytest
 from hyperframe import frame as frames
 
 import h2keep
-from h2keep import Keepalive, _httpcore
+from h2keep import Keepalive, _fallback
 from h2keep.cli.gateway import ANSWER
 from h2keep.cli.middlebox import FlowForgotten
 from install.conftest import Front, Http1Server, server_context
@@ -367,7 +367,7 @@ class TestWithoutHttp2:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         now = 1000.0
-        monkeypatch.setattr(_httpcore, "http1_origins", _httpcore.Http1Origins(lambda: now))
+        monkeypatch.setattr(_fallback, "http1_origins", _fallback.Http1Origins(lambda: now))
         h2keep.install()
         async with Http1Server.listen(http1_ssl) as server, front.client(verify=client_ssl) as client:
             for seconds, connections in ((0.0, 2), (599.0, 2), (2.0, 3), (1.0, 3)):
@@ -574,7 +574,7 @@ class TestInstalling:
         assert fail() == before
 
     def test_the_memory_of_origins_is_bounded(self) -> None:
-        memory = _httpcore.Http1Origins()
+        memory = _fallback.Http1Origins()
         assert all(memory.add(number) for number in range(3000))
         assert not memory.add(2999)
         assert 2999 in memory
