@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import ssl
@@ -22,7 +23,7 @@ import anyio
 from h2keep.errors import ConnectError, HTTP2NotSupported
 from h2keep.runner import eventloop
 from h2keep.runner.proxy import Tunnel
-from h2keep.runner.tls import Cleartext, SecurityLayer, TLSLayer
+from h2keep.runner.tls import Cleartext, SecurityLayer, Sessions, TLSLayer
 from h2keep.runner.wire import Wire
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class DialOptions:
     retries: int = 0
     #: The proxy to use for an origin, None for none; then `uds` is of no account.
     proxy_for: Callable[[Origin], Proxy | None] | None = None
+    #: Kept for the next connection to the same origin.
+    sessions: Sessions = field(default_factory=Sessions)
 
 
 @dataclass(slots=True)
@@ -305,10 +308,16 @@ async def _connect_socket(sock: socket.socket, address: object) -> None:
 
 def _tls_layer(origin: Origin, options: DialOptions) -> TLSLayer:
     name = origin.server_hostname or origin.host
-    # Right before it is used: others may share the context, and httpcore sets ALPN whenever it connects.
-    options.ssl_context.set_alpn_protocols(list(options.alpn))
+    sessions = options.sessions
+    key = sessions.key(options.ssl_context, origin)
     try:
-        return TLSLayer(options.ssl_context, name)
+        return TLSLayer(
+            options.ssl_context,
+            name,
+            alpn=options.alpn,
+            session=sessions.take(key),
+            on_session=None if key is None else functools.partial(sessions.put, key),
+        )
     except ValueError as error:
         raise ConnectError(f"{origin}: {name!r} cannot be a server's name in TLS: {error}") from error
 

@@ -87,10 +87,9 @@ class Proxy:
     def tls_layer(self) -> TLSLayer:
         """The client's side of TLS with the proxy itself. Raises `ConnectError`."""
         assert self.ssl_context is not None
-        # Right before it is used: it may be the origins' context, too, which says h2.
-        self.ssl_context.set_alpn_protocols(["http/1.1"])
         try:
-            return TLSLayer(self.ssl_context, self.host)
+            # It may be the origins' context, too, which says h2.
+            return TLSLayer(self.ssl_context, self.host, alpn=("http/1.1",))
         except ValueError as error:
             raise ConnectError(f"{self}: {self.host!r} cannot be a server's name in TLS: {error}") from error
 

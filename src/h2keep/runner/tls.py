@@ -10,9 +10,12 @@ import contextlib
 import os
 import ssl
 import sys
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-__all__ = ["Cleartext", "SecurityLayer", "TLSLayer", "create_ssl_context"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Cleartext", "SecurityLayer", "Sessions", "TLSLayer", "create_ssl_context"]
 
 #: A client certificate: a file, or (certificate, key), or (certificate, key, password).
 CertTypes = str | tuple[str, str] | tuple[str, str, str]
@@ -40,6 +43,10 @@ def create_ssl_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # HTTP/2 forbids it (RFC 9113, section 9.2.1).
     context.options |= ssl.OP_NO_RENEGOTIATION
+    keys = os.environ.get("SSLKEYLOGFILE")
+    if keys and not sys.flags.ignore_environment:
+        # As `ssl.create_default_context` has it; not all of the contexts above come from there.
+        context.keylog_filename = keys
     if cert is not None:
         _load_certificate(context, cert)
     return context
@@ -146,27 +153,102 @@ class Cleartext:
         return b""
 
 
+class Sessions:
+    """What TLS connections leave behind for the next one to the same server, which is then set up faster.
+
+    A session stands for a server that was verified once, and is not verified again. So it is used with the context
+    that it comes from alone, for the same origin, and not after the context has been told to verify otherwise. It is
+    used once (RFC 8446, appendix C.4), and if a server chokes on it, then once. Shared by threads.
+    """
+
+    _MOST = 256
+
+    def __init__(self) -> None:
+        self._sessions: dict[object, ssl.SSLSession] = {}
+
+    def key(self, context: ssl.SSLContext, origin: object) -> object | None:
+        """Where the origin's session is kept; None if none may be: some contexts do the verifying themselves."""
+        own = type(context).wrap_bio is ssl.SSLContext.wrap_bio and context.sslobject_class is ssl.SSLObject
+        how = (context.verify_mode, context.check_hostname, context.verify_flags)
+        return (id(context), origin, how) if own else None
+
+    def take(self, key: object | None) -> ssl.SSLSession | None:
+        """The session, which is then no longer kept."""
+        return self._sessions.pop(key, None)
+
+    def put(self, key: object, session: ssl.SSLSession) -> None:
+        """Keep a session, in the place of an older one."""
+        self._sessions.pop(key, None)
+        self._sessions[key] = session
+        if len(self._sessions) > self._MOST:
+            # A copy: other threads may add to it meanwhile.
+            self._sessions.pop(next(iter(list(self._sessions))), None)
+
+
 class TLSLayer:
-    """The client's side of one TLS connection."""
+    """The client's side of one TLS connection.
+
+    * `alpn`: what to offer; as the context says, if none is given.
+    * `session`: one to go on with; and `on_session` is called with one that a later connection can go on with.
+    """
 
     heard = True
     #: One TLS record's plaintext: OpenSSL never returns more from one read.
     _RECORD = 16 * 1024
+    #: Others may change what a shared context offers at any moment; as often as this in a row they don't.
+    _MOST_HELLOS = 10
+    #: TLS 1.3's sessions come after the handshake, if at all: with the first bytes, or soon.
+    _MOST_LOOKS = 8
 
-    def __init__(self, context: ssl.SSLContext, server_hostname: str) -> None:
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self.ssl_object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
-        self.failure: ssl.SSLError | None = None
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        server_hostname: str,
+        *,
+        alpn: Sequence[str] = (),
+        session: ssl.SSLSession | None = None,
+        on_session: Callable[[ssl.SSLSession], object] | None = None,
+    ) -> None:
+        self._incoming: ssl.MemoryBIO
+        self._outgoing: ssl.MemoryBIO
+        self.ssl_object: ssl.SSLObject
+        self._on_session = on_session
+        self._looks = 0 if on_session is None else self._MOST_LOOKS
+        self.failure: ssl.SSLError | None
+        for _ in range(self._MOST_HELLOS):
+            if alpn:
+                context.set_alpn_protocols(list(alpn))
+            incoming, outgoing = self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            given: dict[str, Any] = {} if session is None else {"session": session}
+            self.ssl_object = context.wrap_bio(incoming, outgoing, server_hostname=server_hostname, **given)
+            self.failure = self._begin()
+            if self.failure is not None or _alpn_extension(alpn) in self._hello:
+                break
+
+    def _begin(self) -> ssl.SSLError | None:
+        """Make the first message, to see what it offers; why there can't be one."""
+        failure = None
+        try:
+            self.ssl_object.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            failure = error
+        self._hello = self._outgoing.read()
+        return failure
 
     def handshake(self, data: bytes | None) -> tuple[bytes, bool]:
         """One step: what the peer sent (None at first, b"" for EOF); what to write, and whether it is done.
 
         Raises `ssl.SSLError`; what OpenSSL wants to say about it (an alert) is `farewell`'s.
         """
+        if data is None:
+            if self.failure is not None:
+                raise self.failure
+            return self._hello, False
         if data:
             self._incoming.write(data)
-        elif data is not None:
+        else:
             self._incoming.write_eof()
         try:
             self.ssl_object.do_handshake()
@@ -199,7 +281,17 @@ class TLSLayer:
             # What was decrypted before the bad record still counts.
             self.failure = error
             closed = True
+        if self._looks:
+            self._look_for_session()
         return (plaintext[0] if len(plaintext) == 1 else b"".join(plaintext)), closed
+
+    def _look_for_session(self) -> None:
+        session = self.ssl_object.session
+        # What TLS 1.3 has before its first ticket can't be gone on with.
+        usable = session is not None and (session.has_ticket or self.ssl_object.version() != "TLSv1.3")
+        self._looks = 0 if usable else self._looks - 1
+        if session is not None and usable and self._on_session is not None:
+            self._on_session(session)
 
     def encrypt(self, data: bytes) -> bytes:
         """SecurityLayer."""
@@ -217,3 +309,11 @@ class TLSLayer:
         with contextlib.suppress(ssl.SSLError):
             self.ssl_object.unwrap()
         return self._outgoing.read()
+
+
+def _alpn_extension(protocols: Sequence[str]) -> bytes:
+    """As it stands in a client's first message (RFC 7301, section 3.1)."""
+    if not protocols:
+        return b""
+    names = b"".join(bytes([len(name)]) + name.encode("ascii") for name in protocols)
+    return len(names).to_bytes(2, "big") + names
