@@ -1,13 +1,11 @@
-"""Stock clients of both libraries, for threads and for event loops, and an origin that speaks nothing but HTTP/1.1."""
+"""Stock clients of both libraries, for threads and for event loops."""
 
 from __future__ import annotations
 
 import gc
 import importlib
-import json
-import ssl
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,6 @@ import pytest
 import h2keep
 from h2keep import _fallback
 from support.clock import Backend
-from support.raw import GONE, Peer, RawServer, task_group
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -142,79 +139,3 @@ def _is_repetition(item: pytest.Item) -> bool:
 def trusted(monkeypatch: pytest.MonkeyPatch, ca_path: Path) -> None:
     """Clients that are told nothing trust the tests' authority."""
     monkeypatch.setenv("SSL_CERT_FILE", str(ca_path))
-
-
-# HTTP/1.1
-
-
-def server_context(cert_path: Path, key_path: Path, *alpn: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert_path, key_path)
-    if alpn:
-        context.set_alpn_protocols(list(alpn))
-    return context
-
-
-@dataclass
-class Http1Server:
-    """What came, connection by connection and request by request."""
-
-    raw: RawServer
-    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return self.raw.url
-
-    @property
-    def connections(self) -> int:
-        return len(self.raw.peers)
-
-    @classmethod
-    @asynccontextmanager
-    async def listen(cls, context: ssl.SSLContext | None) -> AsyncIterator[Http1Server]:
-        async with AsyncExitStack() as stack:
-            raw = await stack.enter_async_context(RawServer.listen(context))
-            tasks = await stack.enter_async_context(task_group())
-            server = cls(raw)
-
-            async def accept() -> None:
-                while True:
-                    tasks.start_soon(server.serve, await raw.accept())
-
-            tasks.start_soon(accept)
-            yield server
-
-    async def serve(self, peer: Peer) -> None:
-        """Answer a connection's requests until it ends."""
-        received = bytearray()
-
-        async def take(end: bytes | int) -> bytes:
-            """Bytes up to a mark, or so many."""
-            while (len(received) < end) if isinstance(end, int) else (end not in received):
-                data = await peer.receive_bytes()
-                if not data:
-                    raise anyio.EndOfStream
-                received.extend(data)
-            size = end if isinstance(end, int) else received.index(end) + len(end)
-            taken = bytes(received[:size])
-            del received[:size]
-            return taken
-
-        try:
-            await peer.tls_handshake()
-            while True:
-                first, *lines = (await take(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
-                headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-                if headers.get("transfer-encoding") == "chunked":
-                    body = b""
-                    while size := int((await take(b"\r\n")).strip(), 16):
-                        body += (await take(size + 2))[:-2]
-                    await take(b"\r\n")
-                else:
-                    body = await take(int(headers.get("content-length", "0")))
-                self.requests.append((first, headers, body))
-                answer = json.dumps({"first": first, "body": body.decode("latin-1")}).encode()
-                await peer.send_bytes(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer))
-        except GONE:
-            peer.close()

@@ -23,8 +23,9 @@ import h2keep
 from h2keep import Keepalive, _fallback
 from h2keep.cli.gateway import ANSWER
 from h2keep.cli.middlebox import FlowForgotten
-from install.conftest import Front, Http1Server, server_context
+from install.conftest import Front
 from support.clock import virtual_time
+from support.http1 import Http1Server, server_context
 from support.raw import Peer, RawServer, answering
 from support.servers import Server, forgetful
 
