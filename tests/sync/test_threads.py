@@ -16,7 +16,8 @@ import pytest
 
 import h2keep
 from h2keep.cli.middlebox import Middlebox
-from h2keep.runner import background, exchange
+from h2keep.runner import background
+from h2keep.runner.feed import Feed
 from support.background import eventually, run_script
 from support.raw import GONE, answering
 from support.threaded import threaded
@@ -262,7 +263,7 @@ class TestBetweenThreads:
             def post(self, job: Callable[[], object]) -> None:
                 job()
 
-        feed = exchange._Feed(Here(), lambda: None)  # type: ignore[arg-type]
+        feed = Feed(Here(), lambda: None)  # type: ignore[arg-type]
         feed._chunks = Late()
 
         async def take() -> list[Any]:
@@ -286,7 +287,7 @@ class TestBetweenThreads:
                 job()
 
         told: list[bool] = []
-        feed = exchange._Feed(Here(), lambda: told.append(True))  # type: ignore[arg-type]
+        feed = Feed(Here(), lambda: told.append(True))  # type: ignore[arg-type]
         feed._chunks = Filling()
         feed.push(b"x" * (256 * 1024 - 1))
         asyncio.run(anext(feed))

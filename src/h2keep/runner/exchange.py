@@ -21,13 +21,14 @@ import anyio
 
 from h2keep.errors import ConnectError, H2KeepError, ReadError, WriteError
 from h2keep.runner import background, eventloop
+from h2keep.runner.feed import Feed
 from h2keep.runner.upload import checked, pump
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
     from h2keep.protocol.events import Headers
-    from h2keep.runner.background import BackgroundLoop, Lease
+    from h2keep.runner.background import Lease
     from h2keep.runner.connection import Http2Connection
     from h2keep.runner.request import PoolRequest
     from h2keep.runner.stream import Http2Stream
@@ -36,86 +37,6 @@ __all__ = ["AwaitableExchange", "BlockingExchange"]
 
 #: Bytes of a response that wait for the caller at most (and what one read may bring beyond).
 _MOST_UNTAKEN = 1024 * 1024
-#: Bytes of a request's body that wait for the loop at most (and one chunk beyond).
-_MOST_UNSENT = 256 * 1024
-
-
-class _Feed:
-    """A request's body as the loop pulls it, chunk by chunk as the caller's side pushes them."""
-
-    def __init__(self, loop: BackgroundLoop, on_room: Callable[[], object]) -> None:
-        self._loop = loop
-        self._on_room = on_room
-        self._chunks: deque[bytes | memoryview] = deque()
-        self._pushed = 0
-        self._taken = 0
-        self._complete = False
-        self._parker: eventloop.Parker | None = None
-        #: The loop waits for a chunk.
-        self._hungry = False
-        #: The request is on its connection. Before that the body is not touched: a request that can't be sent this way
-        #: may still be sent in another.
-        self.begun = False
-        #: Nobody wants the rest.
-        self.unwanted = False
-
-    # The caller's side
-
-    @property
-    def full(self) -> bool:
-        """Whether the caller should wait before it pushes more."""
-        return self._pushed - self._taken >= _MOST_UNSENT
-
-    def push(self, chunk: bytes | memoryview) -> None:
-        self._pushed += len(chunk)
-        self._chunks.append(chunk)
-        self._wake()
-
-    def finish(self) -> None:
-        self._complete = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._hungry:
-            self._hungry = False
-            self._loop.post(self._unpark)
-
-    # The loop's side
-
-    def _unpark(self) -> None:
-        if self._parker is not None:
-            self._parker.unpark()
-
-    def __aiter__(self) -> _Feed:
-        self.begun = True
-        self._on_room()
-        return self
-
-    async def __anext__(self) -> bytes | memoryview:
-        if self._parker is None:
-            self._parker = eventloop.current().parker()
-        while not self._chunks:
-            # In this order: what is pushed after the look at the queue finds us hungry, and a body that was complete
-            # before that look has nothing more to push.
-            self._hungry = True
-            complete = self._complete
-            if self._chunks:
-                break
-            if complete:
-                raise StopAsyncIteration
-            await self._parker.park()
-        chunk = self._chunks.popleft()
-        self._taken += len(chunk)
-        # Whether it was full before is the caller's to know: it may have become so a moment ago.
-        if not self.full:
-            self._on_room()
-        return chunk
-
-    async def aclose(self) -> None:
-        """No more is wanted, or all has been taken."""
-        self.unwanted = True
-        self._chunks.clear()
-        self._on_room()
 
 
 class Exchange(ABC):
@@ -130,7 +51,7 @@ class Exchange(ABC):
         self._loop = lease.loop
         self._request = request
         self._closed = False
-        self._feed: _Feed | None = None
+        self._feed: Feed | None = None
         # Written by the loop's side alone.
         self._chunks: deque[bytes] = deque()
         self._came = 0
@@ -320,7 +241,7 @@ class BlockingExchange(Exchange):
         self._source = body
         self._iterator: Iterator[Any] | None = None
         if body is not None:
-            self._feed = request.body = _Feed(self._loop, self._on_room)
+            self._feed = request.body = Feed(self._loop, self._on_room)
 
     def response(self) -> None:
         """Send the request and wait for the response's head. Raises what the request failed with."""
@@ -427,7 +348,7 @@ class AwaitableExchange(Exchange):
         self._pump_scope: anyio.CancelScope | None = None
         self._body = body
         if body is not None:
-            self._feed = request.body = _Feed(self._loop, self._on_feed_room)
+            self._feed = request.body = Feed(self._loop, self._on_feed_room)
 
     async def response(self) -> None:
         """As `BlockingExchange.response`."""
