@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,8 @@ class Http1Server:
     #: What stands in the head of each answer.
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    #: Seconds before each answer.
-    delay: float = 0.0
+    #: Answers wait for it.
+    gate: anyio.Event | None = None
 
     @property
     def url(self) -> str:
@@ -67,8 +67,10 @@ class Http1Server:
             server = cls(raw)
 
             async def accept() -> None:
-                while True:
-                    tasks.start_soon(server.serve, await raw.accept())
+                # ClosedResourceError: it listens no more.
+                with suppress(anyio.ClosedResourceError):
+                    while True:
+                        tasks.start_soon(server.serve, await raw.accept())
 
             tasks.start_soon(accept)
             yield server
@@ -105,7 +107,8 @@ class Http1Server:
                 if "upgrade" in headers:
                     await _switch(peer, headers)
                     return
-                await anyio.sleep(self.delay)
+                if self.gate is not None:
+                    await self.gate.wait()
                 await self._answer(peer, first, body)
         except GONE:
             peer.close()
