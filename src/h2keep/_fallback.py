@@ -138,7 +138,11 @@ class Fallback:
         if not self._http1 or not (required or isinstance(error, HTTP2NotSupported)):
             return False
         if http1_origins.add(self._key(where)):
-            log.warning("%s. Until then %s's own transport serves it, without PINGs", error, self._library)
+            log.warning(
+                "%s. Until then %s's own transport serves it, without PINGs; TCP keepalive is weaker",
+                error,
+                self._library,
+            )
         return isinstance(body, bytes) or not body.begun
 
     def proxy(self, where: Where) -> Proxy | None:
@@ -149,7 +153,12 @@ class Fallback:
         """Have the log tell once of an origin that gets no PINGs because of how the program has asked."""
         reason = "http:// is HTTP/1.1 here" if self._http2 else "http2=False"
         if (where.scheme == "http" or not self._http2) and _told.add(self._key(where)):
-            log.info("%s: %s: %s's own transport serves it, without PINGs", where, reason, self._library)
+            log.info(
+                "%s: %s: %s's own transport serves it, without PINGs; TCP keepalive is weaker",
+                where,
+                reason,
+                self._library,
+            )
 
     def _key(self, where: Where) -> object:
         # By another way, or under another name, it may be another server.

@@ -97,9 +97,13 @@ class _Seam:
             return
         # Once, for both pools.
         context = self._library.create_ssl_context(options["verify"], options["cert"], options["trust_env"])
-        options.update(verify=context, cert=None)
-        self._original(transport, **options)
-        from h2keep import _httpcore
+        given = tuple(options["socket_options"] or ())
+        options.update(verify=context, cert=None, socket_options=given)
+        from h2keep import _fallback, _httpcore
+
+        # For what HTTP/2 doesn't carry (K18). What the author gives comes last, and so it holds.
+        added = _fallback.tcp_keepalive(keepalive) if options["uds"] is None else []
+        self._original(transport, **{**options, "socket_options": [*added, *given]})
 
         try:
             transport._pool = _httpcore.pool_for(  # noqa: SLF001

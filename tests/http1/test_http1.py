@@ -122,7 +122,7 @@ class TestWhoIsServed:
                 assert is_without_pings(response)
                 assert options_of(response)[0]
         assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-            f"http2=False: {front.name}'s own transport serves it, without PINGs"
+            f"http2=False: {front.name}'s own transport serves it, without PINGs; TCP keepalive is weaker"
         ]
 
     async def test_a_server_that_asks_for_http1(

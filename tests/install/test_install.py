@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import socket
 import ssl
 import sys
 import tempfile
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+TCP = socket.IPPROTO_TCP
 #: So short that tests can wait for it, so long that a busy machine keeps to it.
 QUICK = Keepalive(read_idle_timeout=0.2, ping_timeout=5.0, jitter=0.0)
 #: What `install` replaces.
@@ -359,6 +361,22 @@ class TestWithoutHttp2:
         assert response.json()["body"] == "ab"
         assert not is_ours(response)
 
+    async def test_k18_it_has_tcp_keepalive(self, front: Front, hypercorn: Server, client_ssl: ssl.SSLContext) -> None:
+        h2keep.install(Keepalive(40.0, 21.0))
+        transport = front.transport(verify=client_ssl, socket_options=iter([(TCP, socket.TCP_KEEPCNT, 9)]))
+        async with front.client(transport=transport) as client:
+            found = []
+            for url in (hypercorn.h2c_url, hypercorn.url):
+                response = await client.get(f"{url}/echo")
+                sock = response.extensions["network_stream"].get_extra_info("socket")
+                options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+                on = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                found.append((is_ours(response), on, [sock.getsockopt(TCP, option) for option in options]))
+        assert found[0] == (False, True, [40, 7, 9])
+        # PINGs are all that HTTP/2 needs; what the author has asked for it has too.
+        assert found[1][:2] == (True, False)
+        assert found[1][2][2] == 9
+
     async def test_an_origin_that_speaks_http1_only_is_remembered(
         self,
         front: Front,
@@ -465,6 +483,8 @@ class TestWithoutHttp2:
                     await peer.handshake()
                     while True:
                         request = await peer.request()
+                        # Until it has been begun, any body can be sent in another way.
+                        await request.complete()
                         await peer.send(frames.RstStreamFrame(request.stream_id, 0xD))
                 await http1.serve(peer)
 
