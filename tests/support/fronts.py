@@ -49,12 +49,16 @@ class Front:
             return door.KeepaliveTransport if self.threaded else door.AsyncKeepaliveTransport
         return self.module.HTTPTransport if self.threaded else self.module.AsyncHTTPTransport
 
-    @asynccontextmanager
-    async def client(self, *, client: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[Client]:
-        """A client on such a transport; `options` are the transport's, `client` the client's."""
+    def make(self, *, client: dict[str, Any] | None = None, **options: Any) -> Client:
+        """A client on such a transport; `options` are the transport's, `client` the client's. It must be closed."""
         kind = self.module.Client if self.threaded else self.module.AsyncClient
         transport = self.kind(**{} if self.ours else {"http2": True}, **options)
-        made = Client(kind(transport=transport, **{"timeout": 10.0, "trust_env": False, **(client or {})}), self)
+        return Client(kind(transport=transport, **{"timeout": 10.0, "trust_env": False, **(client or {})}), self)
+
+    @asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[Client]:
+        """As `make`; closed at the end."""
+        made = self.make(**options)
         try:
             yield made
         finally:

@@ -20,9 +20,9 @@ import pytest
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
-__all__ = ["leak_check", "no_leaks", "open_sockets", "running_tasks"]
+__all__ = ["frozen_heap", "leak_check", "no_leaks", "open_sockets", "running_tasks"]
 
 #: Scheduler passes in which what was closed may come to its end.
 _PASSES = 50
@@ -76,3 +76,12 @@ async def leak_check() -> AsyncIterator[None]:
     """`no_leaks` around the test and the async fixtures that it asks for after this one."""
     async with no_leaks():
         yield
+
+
+@pytest.fixture(scope="package")
+def frozen_heap() -> Iterator[None]:
+    """What there is now, the libraries above all, is not visited again by every look for leaks."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
