@@ -444,13 +444,16 @@ class Http2Connection:
         """Whether the event is a failure after which the request is sent again, on another connection (K24)."""
         if not (isinstance(event, events.StreamFailed) and event.error.unprocessed and stream.replayable):
             return False
-        # Not after timeouts: they are the request's own.
-        if self.orphaned or not isinstance(event.error, RemoteProtocolError | ConnectionLost):
+        error = event.error
+        # Not after timeouts: they are the request's own. Nor where HTTP/2 isn't spoken, as it won't be the next time.
+        if self.orphaned or not isinstance(error, RemoteProtocolError | ConnectionLost):
             return False
-        if isinstance(event.error, ConnectionGoingAway) and event.error.error_code == ErrorCode.HTTP_1_1_REQUIRED:
+        if type(error) is RemoteProtocolError and not self.protocol.ready:
+            return False
+        if isinstance(error, ConnectionGoingAway) and error.error_code == ErrorCode.HTTP_1_1_REQUIRED:
             return False
         stream.detach()
-        if not self._owner.move(stream, event.error):
+        if not self._owner.move(stream, error):
             return False
         del self._streams[stream.id]
         self.protocol.release(stream.id, self.loop.time())
