@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -416,6 +417,37 @@ class TestClient:
             except h2keep.H2KeepError as error:
                 outcome = error
             check(case, script, kind, chunks, outcome)
+
+    def test_k22_k24_in_threads_connections_that_age_and_are_retired_fail_no_request(self) -> None:
+        processed: list[str] = []
+
+        async def process_some(peer: Peer) -> None:
+            for number in range(30):
+                request = await peer.request()
+                await request.complete()
+                processed.append(request.path)
+                if number == 29:
+                    await peer.goaway(request.stream_id)
+                await peer.respond(request.stream_id, body=b"ok")
+            await peer.until(lambda: False)
+
+        def work(worker: int) -> list[bytes]:
+            answers = []
+            for number in range(60):
+                answers.append(client.post(f"{server.url}/{worker}/{number}", content=b"x" * 100).content)
+                time.sleep(0.01)
+            return answers
+
+        limits = h2keep.Limits(max_connections=1, max_connection_age=0.2)
+        with (
+            nothing_left(),
+            threaded(process_some) as server,
+            blocking_client(limits=limits) as client,
+            ThreadPoolExecutor(8) as executor,
+        ):
+            assert [answers for worker in executor.map(work, range(8)) for answers in worker] == [b"ok"] * 480
+            assert len(processed) == len(set(processed)) == 480
+            assert len(server.peers) >= 16
 
 
 # What was never handed to the engine, and what was never opened at all
