@@ -166,6 +166,18 @@ class TestBodies:
         assert body == b"".join(chunks)
         assert began == [1]
 
+    async def test_connections_on_the_background_thread_change_nothing(
+        self, front: Front, client_ssl: ssl.SSLContext, http1_ssl: ssl.SSLContext
+    ) -> None:
+        options = {} if front.threaded else {"run_in_thread": True}
+        async with Http1Server.listen(http1_ssl) as server, front.client(verify=client_ssl, **options) as client:
+            began: list[int] = []
+            for _ in range(2):
+                response = await client.post(server.url, content=front.chunks([b"a", b"b"], lambda: began.append(1)))
+                assert response.json()["body"] == "ab"
+                assert is_without_pings(response)
+        assert began == [1, 1]
+
     async def test_a_body_that_has_been_begun_is_not_sent_again(
         self, front: Front, client_ssl: ssl.SSLContext, cert_path: Path, key_path: Path
     ) -> None:
