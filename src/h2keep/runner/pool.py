@@ -121,6 +121,8 @@ class _OriginState:
     #: Waiters in the queue that have not given up.
     waiting: int = 0
     dials: int = 0
+    #: How many requests the unverified ones will have room for; None if that is to be counted anew.
+    expected: int | None = None
     #: A hedge is due or under way (K9c).
     hedging: bool = False
     #: A dial failed while other connections take requests: it is too early for another one.
@@ -317,6 +319,7 @@ class Pool:
             del state.available[connection]
             if connection in state.connections:
                 state.unverified[connection] = None
+                state.expected = None
         return None
 
     def _open(
@@ -338,6 +341,8 @@ class Pool:
         """Put a connection where `_choose` will find it, or not."""
         if connection not in state.connections:
             return
+        if connection in state.unverified:
+            state.expected = None
         if not connection.protocol.accepting and connection not in state.draining:
             self._count_draining(state, connection, state.draining.add)
             self._feed_starved()
@@ -374,10 +379,12 @@ class Pool:
 
     def _make_room(self, state: _OriginState) -> None:
         if state.unverified:
-            self._verify(state)
+            # Once for all who come while the answers are outstanding: it looks at every unverified connection.
+            if state.expected is None or not (state.hedging or state.dials):
+                self._verify(state)
+                state.expected = sum(connection.protocol.prospective_slots for connection in state.unverified)
             # Waiters beyond what the unverified ones could take want a connection of their own.
-            room = sum(connection.protocol.prospective_slots for connection in state.unverified)
-            if state.waiting <= room:
+            if state.waiting <= state.expected:
                 return
         if state.pausing and any(connection.protocol.accepting for connection in state.connections):
             return
@@ -659,6 +666,7 @@ class Pool:
         state = self._states.get(connection)
         if state is not None and connection in state.unverified:
             del state.unverified[connection]
+            state.expected = None
             self._classify(state, connection)
             self._serve(state)
             self._trim(state)
@@ -704,6 +712,7 @@ class Pool:
             age.cancel()
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
+        state.expected = None
         self._idle.pop(connection, None)
         self._feed_starved()
 
