@@ -545,7 +545,11 @@ def timeout_of(given: Mapping[str, float | None] | None) -> Timeout:
     """The `timeout` extension: what it doesn't name waits for ever, as in httpx."""
     if given is None:
         return _NO_TIMEOUT
-    return Timeout(given.get("connect"), given.get("read"), given.get("write"), given.get("pool"))
+    return _timeout(given.get("connect"), given.get("read"), given.get("write"), given.get("pool"))
+
+
+#: Checked once: nearly all requests of a client have the same.
+_timeout = functools.lru_cache(maxsize=64)(Timeout)
 
 
 @functools.lru_cache(maxsize=256)

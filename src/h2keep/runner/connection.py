@@ -322,10 +322,14 @@ class Http2Connection:
         if self._reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
+        slots = self.protocol.free_slots
         self.protocol.release(stream.id, self.loop.time())
         self._settle()
         if not self._streams:
             self.idle_since = self.loop.time()
+        elif self.protocol.free_slots == slots:
+            # What the pool had to know it was told at the stream's end.
+            return
         self._owner.connection_changed(self)
 
     # For the driver
