@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COUNT = 25
-#: Their implementation comes with a later release, so they need no test yet. What there is of it may have one.
-LATER = {22, 24}
 HINT = "run: python tests/docs/update_rules.py"
 
 TEXT = RULES.read_text(encoding="utf-8")
@@ -41,7 +39,7 @@ def test_every_test_named_after_a_rule_is_listed_under_it() -> None:
     assert [(number, test) for number, test in claims if test not in (SHOWN_BY[number] or ())] == [], HINT
 
 
-@pytest.mark.parametrize("number", sorted(set(range(1, COUNT + 1)) - LATER))
+@pytest.mark.parametrize("number", range(1, COUNT + 1))
 def test_every_rule_is_shown_by_a_test(number: int) -> None:
     assert SHOWN_BY[number], f"no test is named after it (test_k{number}_...); if there is one, {HINT}"
 
@@ -55,15 +53,6 @@ def test_k19_the_readme_says_what_a_ping_cannot_do() -> None:
     assert "PING" in readme
     for timeout in ("ALB", "stream_idle_timeout", "3,600 s"):
         assert timeout in readme
-
-
-def test_later_rules_are_marked_as_such() -> None:
-    marked = [rule.number for rule in parse(TEXT) if "**Not yet" in _section(rule.number)]
-    assert marked == sorted(LATER)
-
-
-def _section(number: int) -> str:
-    return TEXT.partition(f"\n## K{number} — ")[2].partition("\n#")[0]
 
 
 # The generator
