@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -137,6 +138,48 @@ async def test_k13_an_origin_that_punishes_pings_is_asked_half_as_often(caplog: 
         assert response.connection.interval == 60.0
         assert len(server.peers[1].pings) == 3
         assert "read_idle_timeout goes from 30 s to 60 s" in caplog.text
+
+
+async def test_k13_an_hour_of_good_conduct_reaches_connections_that_are_open() -> None:
+    async with RawServer.listen() as server, client(replay_buffer=0) as c:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(_is_going_away, c, server.url)
+                peer = await server.accept()
+                await peer.handshake()
+                await (await peer.request()).complete()
+                await peer.goaway(0, 0xB, b"too_many_pings")
+                await anyio.sleep(0.1)
+        server.serve(answering(delay=9000.0))
+        began = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(c.get, server.url)
+            peer = await server.peer(2)
+            await anyio.sleep(8990.0)
+            pings = [ping.at - began for ping in peer.pings]
+            tasks.cancel_scope.cancel()
+        gaps = {at: round(later - at) for at, later in itertools.pairwise(pings)}
+        assert {gap for at, gap in gaps.items() if at < 3480.0} == {120}
+        assert {gap for at, gap in gaps.items() if 3720.0 < at < 7140.0} == {60}
+        assert {gap for at, gap in gaps.items() if at > 7260.0} == {30}
+
+
+async def test_k13_an_hour_of_good_conduct_reaches_an_unused_connection_with_its_next_request() -> None:
+    limits = h2keep.Limits(keepalive_expiry=None)
+    async with RawServer.listen() as server, client(replay_buffer=0, limits=limits) as c:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_is_going_away, c, server.url)
+            peer = await server.accept()
+            await peer.handshake()
+            await (await peer.request()).complete()
+            await peer.goaway(0, 0xB, b"too_many_pings")
+        server.serve(answering())
+        assert (await c.get(server.url)).connection.interval == 60.0
+        await anyio.sleep(3500.0)
+        assert (await c.get(server.url)).connection.interval == 60.0
+        await anyio.sleep(200.0)
+        assert (await c.get(server.url)).connection.interval == 30.0
+        assert len(server.peers) == 2
 
 
 async def _once() -> AsyncIterator[bytes]:
