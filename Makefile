@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/python -m h2keep demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check

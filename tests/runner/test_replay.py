@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+    from h2keep.runner.connection import Http2Connection
     from support.raw import RawRequest
 
 on_virtual_time = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
@@ -461,6 +462,13 @@ async def stop_reading(peer: Peer) -> None:
     await peer.until(lambda: False)
 
 
+def is_blocked(connection: Http2Connection) -> bool:
+    """Whether the kernel takes no more of what is to be sent."""
+    before = connection.protocol.body_bytes_sent
+    time.sleep(0.3)
+    return bool(connection.driver._unsent) and connection.protocol.body_bytes_sent == before  # type: ignore[attr-defined]
+
+
 async def end_when_asked_for_life(peer: Peer) -> None:
     """Answer, then end at the PING that is to show whether the connection lives."""
     request = await peer.request()
@@ -522,13 +530,13 @@ class TestNeverSent:
             threads = [threading.Thread(target=post, args=[bytes(20_000_000)])]
             threads[0].start()
             eventually(lambda: script.requests == [1])
+            lease = client._connections._lease
+            assert lease is not None
+            (connection,) = lease.pool()._states
+            eventually(partial(is_blocked, connection))
             small = [threading.Thread(target=post, args=[b"small"]) for _ in range(5)]
             for thread in small:
                 thread.start()
-            lease = client._connections._lease
-            assert lease is not None
-            pool = lease.pool()
-            (connection,) = pool._states
             eventually(lambda: connection.requests == 6)
             server.call(script.peers[0].abort)
             for thread in (*threads, *small):
