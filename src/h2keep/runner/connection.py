@@ -196,6 +196,8 @@ class Http2Connection:
         self._hooked: list[ConnectionEvent] = []
         self._ready = loop.parker()
         self._open_before = 0
+        #: `free_slots` as the pool saw it last.
+        self._slots_known = 0
 
     # For the pool
 
@@ -235,6 +237,7 @@ class Http2Connection:
                 self.release(stream)
             raise
         self._settle()
+        self._slots_known = self.protocol.free_slots
         return stream
 
     def verified(self) -> bool:
@@ -277,7 +280,7 @@ class Http2Connection:
         if self._is_spent():
             self.protocol.close(self.loop.time())
         self._settle()
-        self._owner.connection_changed(self)
+        self._tell_owner()
 
     def close(self) -> None:
         """Say GOAWAY, close TLS, close the socket; open requests fail."""
@@ -322,15 +325,14 @@ class Http2Connection:
         if self._reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
-        slots = self.protocol.free_slots
         self.protocol.release(stream.id, self.loop.time())
         self._settle()
         if not self._streams:
             self.idle_since = self.loop.time()
-        elif self.protocol.free_slots == slots:
-            # What the pool had to know it was told at the stream's end.
+        elif self.protocol.free_slots == self._slots_known:
+            # What the pool had to know it was told at the stream's end, unless bytes of it were read since.
             return
-        self._owner.connection_changed(self)
+        self._tell_owner()
 
     # For the driver
 
@@ -412,9 +414,13 @@ class Http2Connection:
                 self.driver.wake_writer()
             self._check_timer()
         if changed:
-            self._owner.connection_changed(self)
+            self._tell_owner()
         while self._hooked:
             self._tell_hook(self._hooked.pop(0))
+
+    def _tell_owner(self) -> None:
+        self._slots_known = self.protocol.free_slots
+        self._owner.connection_changed(self)
 
     def _is_spent(self) -> bool:
         """Nothing is open, and nothing new will be."""
