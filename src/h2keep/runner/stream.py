@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
+    from h2keep.runner.eventloop import Parker
     from h2keep.runner.request import PoolRequest
 
 __all__ = ["Http2Stream"]
@@ -73,8 +74,9 @@ class Http2Stream:
         self.data_waits = False
         self.ended = False
         self.error: H2KeepError | None = None
-        self._parker = connection.loop.parker()
-        self._wake: Callable[[], None] = self._parker.unpark
+        # How whoever waits is told, None while nobody does.
+        self._wake: Callable[[], None] | None = None
+        self._parker: Parker | None = None
         self._released = False
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
@@ -93,7 +95,8 @@ class Http2Stream:
 
     def wake(self) -> None:
         """Something about this stream changed."""
-        self._wake()
+        if self._wake is not None:
+            self._wake()
 
     def fail(self, error: H2KeepError) -> None:
         """The request failed; the body iterator is not pulled any more (K8)."""
@@ -102,14 +105,14 @@ class Http2Stream:
         self.error = error
         if self._upload_scope is not None:
             self._upload_scope.cancel()
-        self._wake()
+        self.wake()
 
     def head_came(self, status: int, headers: Headers) -> None:
         """The response has started: the request won't be sent again."""
         self.status = status
         self.headers = headers
         self._let_go_of_body()
-        self._wake()
+        self.wake()
 
     @property
     def replayable(self) -> bool:
@@ -138,7 +141,7 @@ class Http2Stream:
         elif room:
             self.give_room()
         # Whoever waits begins to wait for this connection.
-        self._wake()
+        self.wake()
 
     def give_room(self) -> None:
         """The body's next chunk is welcome, or nobody wants it any more."""
@@ -210,6 +213,8 @@ class Http2Stream:
         if self.retry_scope is not None:
             self.retry_scope.cancel()
         self._let_go_of_body()
+        # Whom it would wake refers to it in turn, and a cycle would live until the next garbage collection.
+        self._wake = None
         self._connection.release(self)
 
     def give_up(self) -> None:
@@ -228,6 +233,9 @@ class Http2Stream:
 
     async def _wait(self) -> None:
         self.await_data()
+        if self._parker is None:
+            self._parker = self._connection.loop.parker()
+            self._wake = self._parker.unpark
         await self._parker.park()
 
     # Uploading
@@ -254,7 +262,7 @@ class Http2Stream:
     def _give_up(self, failure: BaseException) -> None:
         self._upload_failure = failure
         self._connection.release(self)
-        self._wake()
+        self.wake()
 
     async def send(self, chunk: bytes | memoryview) -> None:
         """Sink."""
