@@ -1,0 +1,1 @@
+"""How clients behave when the network or the server fails; see benchmarks/README.md."""

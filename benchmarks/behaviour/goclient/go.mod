@@ -1,0 +1,3 @@
+module behaviourclient
+
+go 1.24
