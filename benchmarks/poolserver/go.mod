@@ -1,0 +1,3 @@
+module poolserver
+
+go 1.24
