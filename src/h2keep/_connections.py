@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from h2keep.errors import UnsupportedProtocol
 from h2keep.keepalive import Keepalive
+from h2keep.protocol.engines import engine_named
 from h2keep.protocol.headers import request_fields
 from h2keep.runner import background, dial
 from h2keep.runner.dial import DialOptions, Origin, SocketOption
@@ -92,8 +93,7 @@ class Connections:
         _check(limits, uds, local_address, options)
         _check_count("retries", retries)
         _check_count("replay_buffer", replay_buffer)
-        if engine != "h2":
-            raise ValueError(f"engine: {engine!r} is not one of: 'h2'")
+        engine_named(engine)
         alpn = ("h2", "http/1.1") if http1 else ("h2",)
         self._http1 = http1
         self._replay_buffer = replay_buffer
@@ -105,6 +105,7 @@ class Connections:
             Keepalive() if keepalive is None else keepalive,
             Limits() if limits is None else limits,
             None if event_hook is None else _in_context(event_hook),
+            engine,
         )
         self._lock = threading.Lock()
         #: By the loop's own object; never by its id, which is used again.

@@ -32,6 +32,7 @@ from h2keep.keepalive import Keepalive, KeepaliveTimer, PingPurpose, RandomSourc
 from h2keep.protocol import events
 from h2keep.protocol.alarms import Alarms
 from h2keep.protocol.engine import Engine, ErrorCode
+from h2keep.protocol.engines import DEFAULT_ENGINE, engine_named
 from h2keep.protocol.flow import (
     CONNECTION_GROWTH,
     CONNECTION_WINDOW,
@@ -41,7 +42,6 @@ from h2keep.protocol.flow import (
     GrowthBudget,
     ReceiveWindow,
 )
-from h2keep.protocol.h2_engine import H2Engine
 from h2keep.protocol.outbox import HIGH_WATER, Outbox
 from h2keep.protocol.stream import Stream
 
@@ -68,7 +68,8 @@ _process_growth = GrowthBudget(PROCESS_GROWTH)
 class Connection:
     """A client's side of one HTTP/2 connection.
 
-    `name` is the origin as messages are to call it, `now` the moment at which the transport was ready.
+    `name` is the origin as messages are to call it, `now` the moment at which the transport was ready, `engine` the
+    name of a codec (`engines.engine_named`, whose errors it raises).
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Connection:
         *,
         name: str = "the server",
         growth: GrowthBudget = _process_growth,
+        engine: str = DEFAULT_ENGINE,
     ) -> None:
         self.name = name
         #: Detection of dead connections, and its figures (K20).
@@ -96,7 +98,8 @@ class Connection:
         #: Streams that count against the peer's limit.
         self.open_streams = 0
         self._growth = GrowthBudget(CONNECTION_GROWTH, growth)
-        self._engine: Engine = H2Engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
+        make_engine = engine_named(engine)
+        self._engine: Engine = make_engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
         self._outbox = Outbox(self._engine)
         self._alarms = Alarms()
         self._events: deque[events.Event] = deque()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 from h2keep.errors import ConnectionGoingAway, ConnectionLost, H2KeepError, RemoteProtocolError
 from h2keep.protocol import Connection, events
 from h2keep.protocol.engine import ErrorCode
+from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner.clock import GapWatch
 from h2keep.runner.stream import Http2Stream
 
@@ -172,11 +173,12 @@ class Http2Connection:
         keepalive: Keepalive,
         random: RandomSource,
         hook: EventHook | None = None,
+        engine: str = DEFAULT_ENGINE,
     ) -> None:
         self.origin = origin
         self.transport = transport
         self.loop = loop
-        self.protocol = Connection(keepalive, random, loop.time(), name=str(origin))
+        self.protocol = Connection(keepalive, random, loop.time(), name=str(origin), engine=engine)
         #: The pool waits for life before it gives this connection a request (K9).
         self.being_verified = False
         #: Since when no request is open or unread here, None while one is.

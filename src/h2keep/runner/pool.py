@@ -30,6 +30,7 @@ from h2keep.errors import (
     StreamReset,
 )
 from h2keep.keepalive import IntervalMemory, Keepalive
+from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner import eventloop
 from h2keep.runner.connection import EventHook, Http2Connection, log
 from h2keep.runner.dial import DialOptions, Origin, Transport, dial
@@ -140,13 +141,19 @@ class Pool:
     """Connections by origin, for one event loop."""
 
     def __init__(
-        self, options: DialOptions, keepalive: Keepalive, limits: Limits, hook: EventHook | None = None
+        self,
+        options: DialOptions,
+        keepalive: Keepalive,
+        limits: Limits,
+        hook: EventHook | None = None,
+        engine: str = DEFAULT_ENGINE,
     ) -> None:
         self.loop = eventloop.current()
         self._options = options
         self._keepalive = keepalive
         self._limits = limits
         self._hook = hook
+        self._engine = engine
         self._random = random.SystemRandom()
         self._origins: dict[Origin, _OriginState] = {}
         self._states: dict[Http2Connection, _OriginState] = {}
@@ -580,7 +587,7 @@ class Pool:
         if self._closed:
             raise ConnectError("the client has been closed")
         connection = Http2Connection(
-            state.origin, transport, self, self.loop, self._keepalive, self._random, self._hook
+            state.origin, transport, self, self.loop, self._keepalive, self._random, self._hook, self._engine
         )
         driver = AnyioDriver(connection)
         if state.memory is not None:
