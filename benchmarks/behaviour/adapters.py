@@ -1,7 +1,7 @@
 """The Python clients that are compared, each behind one call, with the same patience as far as they have any.
 
-Keepalive as short as `Patience` says where a client has one; a timeout for connecting; and a read timeout that is longer
-than any silence that a good server takes, as callers of slow APIs have to have. Otherwise the clients' defaults.
+Keepalive as short as `Patience` says where a client has one; a timeout for connecting; and a read timeout that is
+longer than any silence that a good server takes, as callers of slow APIs have to have. Otherwise the clients' defaults.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from pathlib import Path
+
+    from pyreqwest.client import ClientBuilder
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,7 @@ async def httpx2(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
 
 @asynccontextmanager
 async def pyreqwest(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
-    from pyreqwest.client import ClientBuilder
-
-    builder = (
-        ClientBuilder()
-        .http2(True)
-        .add_root_certificate_pem(ca.read_bytes())
-        .connect_timeout(timedelta(seconds=patience.connect))
-        .read_timeout(timedelta(seconds=patience.read))
-        .http2_keep_alive_interval(timedelta(seconds=patience.read_idle_timeout))
-        .http2_keep_alive_timeout(timedelta(seconds=patience.ping_timeout))
-        .http2_keep_alive_while_idle(True)
-    )
-    async with builder.build() as client:
+    async with _pyreqwest_builder(ca, patience).build() as client:
 
         async def fetch(method: str, url: str, body: bytes) -> tuple[int, int]:
             request = client.request(method, url)
@@ -114,6 +104,21 @@ async def pyreqwest(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
         yield fetch
 
 
+def _pyreqwest_builder(ca: Path, patience: Patience) -> ClientBuilder:
+    from pyreqwest.client import ClientBuilder
+
+    return (
+        ClientBuilder()
+        .http2(True)
+        .add_root_certificate_pem(ca.read_bytes())
+        .connect_timeout(timedelta(seconds=patience.connect))
+        .read_timeout(timedelta(seconds=patience.read))
+        .http2_keep_alive_interval(timedelta(seconds=patience.read_idle_timeout))
+        .http2_keep_alive_timeout(timedelta(seconds=patience.ping_timeout))
+        .http2_keep_alive_while_idle(True)
+    )
+
+
 @asynccontextmanager
 async def niquests(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
     import niquests
@@ -121,6 +126,8 @@ async def niquests(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
     # It pings only connections that are not in use, and never more often than it deems right.
     window = patience.read_idle_timeout
     async with niquests.AsyncSession(disable_http3=True, keepalive_idle_window=window, verify=str(ca)) as session:
+        # Else REQUESTS_CA_BUNDLE, where it is set, is trusted in the place of `verify`.
+        session.trust_env = False
 
         async def fetch(method: str, url: str, body: bytes) -> tuple[int, int]:
             timeout = (patience.connect, patience.read)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.behaviour.adapters import Patience
 from benchmarks.behaviour.faults import SEVERAL, Fault
 from benchmarks.behaviour.judge import Attempt, Record
-from benchmarks.behaviour.relay import Flow, Relay, Way
-from benchmarks.server import Kit
+from benchmarks.behaviour.relay import Relay, Way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from benchmarks.server import Kit
 
 ROOT = Path(__file__).parent.parent.parent
 GO_CLIENT = ROOT / "benchmarks" / ".build" / "behaviourclient"
@@ -89,8 +90,9 @@ class Process:
 
     def signal(self, number: signal.Signals) -> None:
         if self.process.returncode is None:
+            # `send_signal` could take the exit status away from the event loop.
             with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
+                os.kill(self.process.pid, number)
 
     async def kill(self) -> None:
         self.signal(signal.SIGKILL)
@@ -127,9 +129,9 @@ class Cell:
         return self._ask("GET", f"/stream?size={size}&piece={piece}&interval={interval}", size, 0)
 
     async def several(self, *, wait: float, count: int = SEVERAL) -> None:
-        """Requests that the server has got, all of them, and that it will answer after `wait` seconds."""
-        asked = [self.request(wait=wait) for _ in range(count)]
-        await self.until(lambda: {one.id for one in asked} <= self._arrivals().keys())
+        """Requests that the server is busy with, all of them, and that it will answer after `wait` seconds."""
+        asked = {self.request(wait=wait).id for _ in range(count)}
+        await self.until(lambda: asked <= {e["id"] for e in self._events if e["event"] == "taken"})
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that is bound to happen."""
@@ -156,6 +158,9 @@ class Cell:
 
     def signal_server(self, number: signal.Signals) -> None:
         self._server.signal(number)
+
+    async def kill_server(self) -> None:
+        await self._server.kill()
 
     def block(self, seconds: float) -> None:
         self._worker.order("block", seconds=seconds)
@@ -198,7 +203,6 @@ class Cell:
         if self._server.process.returncode is None:
             self._server.signal(signal.SIGCONT)
         else:
-            await self._server.kill()
             self._server = await self._start_server()
             self.relay.target = self._port
         asked = self.request(wait=0)
@@ -214,8 +218,10 @@ class Cell:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(COUNTING):
                 await self._until(
-                    lambda: {flow.port for flow in self.relay.flows}
-                    <= {event["port"] for event in self._events if event["event"] == "closed"}
+                    lambda: (
+                        {flow.port for flow in self.relay.flows}
+                        <= {event["port"] for event in self._events if event["event"] == "closed"}
+                    )
                 )
 
     async def _start_server(self) -> Process:
@@ -258,7 +264,7 @@ class Cell:
                 attempt.error = (event["type"], event["message"])
         self._wake()
 
-    def _note_forgotten(self, flow: Flow) -> None:
+    def _note_forgotten(self) -> None:
         self.forgotten.append(time.monotonic())
         self._wake()
 
@@ -280,13 +286,19 @@ class Cell:
     def _record(self) -> Record:
         assert self._faulted is not None
         zero = self._faulted
+        *attempts, probe = self._attempts
+        for attempt in attempts:
+            # What came only after the cut-off was repaired by what the next request needs.
+            if attempt.ended is not None and attempt.ended > probe.started:
+                attempt.ended = attempt.status = attempt.received = attempt.error = None
         for attempt in self._attempts:
             attempt.started -= zero
             if attempt.ended is not None:
                 attempt.ended -= zero
-        *attempts, probe = self._attempts
         end = probe.started
-        up, down, swallowed = [], [], []
+        up: list[float] = []
+        down: list[float] = []
+        swallowed: list[float] = []
         for flow in self.relay.flows:
             pipe = flow.pipes[Way.UP]
             for total, at in pipe.came:

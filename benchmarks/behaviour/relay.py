@@ -15,10 +15,10 @@ import struct
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
 
 _HOST = "127.0.0.1"
@@ -73,11 +73,12 @@ class Flow:
             Way.DOWN: Pipe(server, client, rates[Way.DOWN]),
         }
         self._sockets = (client, server)
+        self._began = time.monotonic()
         self._task: asyncio.Task[object] | None = None
 
     @property
     def last_byte(self) -> float:
-        return max((pipe.came[-1][1] for pipe in self.pipes.values() if pipe.came), default=0.0)
+        return max((pipe.came[-1][1] for pipe in self.pipes.values() if pipe.came), default=self._began)
 
     async def run(self) -> None:
         """Carry bytes both ways until both have ended."""
@@ -177,7 +178,7 @@ class Relay:
         forget_after: float | None = None,
         rates: dict[Way, float | None] | None = None,
         clogged: bool = False,
-        forgot: Callable[[Flow], object] = lambda flow: None,
+        forgot: Callable[[], object] = lambda: None,
     ) -> None:
         self.target = target
         self.flows: list[Flow] = []
@@ -217,6 +218,11 @@ class Relay:
         self._shut = ways or tuple(Way)
         for flow in self.flows:
             flow.shut(*self._shut)
+
+    def forget(self) -> None:
+        """Nothing passes any more on the flows that there are; new ones live."""
+        for flow in self.flows:
+            flow.shut(*Way)
 
     def heal(self) -> None:
         """New connections work again; what was dead stays dead."""
@@ -275,17 +281,18 @@ class Relay:
                 flow.pipes[way].open.set()
         self.flows.append(flow)
         if self._forget_after is not None:
-            self._start(self._watch(flow, self._forget_after))
+            self._look_at_clock(flow, self._forget_after)
         await flow.run()
 
-    async def _watch(self, flow: Flow, limit: float) -> None:
-        began = time.monotonic()
-        while (left := max(flow.last_byte, began) + limit - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-        flow.shut(*Way)
-        self._forgot(flow)
+    def _look_at_clock(self, flow: Flow, limit: float) -> None:
+        """Forget the flow if it was silent for too long, else look again when it may have been."""
+        if (left := flow.last_byte + limit - time.monotonic()) > 0:
+            asyncio.get_running_loop().call_later(left, self._look_at_clock, flow, limit)
+        else:
+            flow.shut(*Way)
+            self._forgot()
 
-    def _start(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
