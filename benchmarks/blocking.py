@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import os
 import random
 import threading
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from benchmarks.candidates import HEADERS, TIMEOUT, trust
-from benchmarks.workloads import BODY, MAX_REQUESTS, MIB, Metrics, Parameters, Window, latencies, percentile
+from benchmarks.candidates import HEADERS, PIECE, TIMEOUT, RawTls, Target, h2keep_options, null_body
+from benchmarks.workloads import (
+    BODY,
+    MAX_FAILURES,
+    MAX_REQUESTS,
+    MIB,
+    Metrics,
+    Parameters,
+    Window,
+    latencies,
+    rates,
+    resident,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    import httpx2
+
 __all__ = ["CANDIDATES", "WORKLOADS"]
+
+#: Seconds after the measured span in which requests that are still under way may end.
+GRACE = 2.0
 
 
 class Client(Protocol):
@@ -46,74 +61,158 @@ class HttpxLike:
             yield response.iter_bytes()
 
 
+class Niquests:
+    """niquests' session."""
+
+    def __init__(self, session: Any, base: str) -> None:
+        self._session = session
+        self._base = base
+
+    def post(self, path: str, body: bytes) -> bytes:
+        content: bytes = self._session.post(self._base + path, data=body, headers=HEADERS).content
+        return content
+
+    @contextmanager
+    def chunks(self, path: str) -> Iterator[Iterator[bytes]]:
+        with self._session.get(self._base + path, stream=True) as response:
+            yield response.iter_content(PIECE)
+
+
+class Floor:
+    """One blocking TLS socket, as it is."""
+
+    def __init__(self, raw: RawTls) -> None:
+        self._raw = raw
+
+    def post(self, path: str, body: bytes) -> bytes:
+        return self._raw.post_blocking(path, body)
+
+    @contextmanager
+    def chunks(self, path: str) -> Iterator[Iterator[bytes]]:
+        yield self._raw.copy(path)
+
+
 @contextmanager
-def _h2keep(base: str, ca: Path) -> Iterator[Client]:
+def _h2keep(engine: str, target: Target) -> Iterator[Client]:
     from h2keep import Client as H2KeepClient
+    from h2keep import Limits
 
-    with H2KeepClient(verify=trust(ca)) as client:
-        yield HttpxLike(client, base)
+    with H2KeepClient(**h2keep_options(target, engine, Limits)) as client:
+        yield HttpxLike(client, target.url)
 
 
 @contextmanager
-def _h2keep_httpx2(base: str, ca: Path) -> Iterator[Client]:
+def _h2keep_httpx2(engine: str, target: Target) -> Iterator[Client]:
     import httpx2
 
     from h2keep.httpx2 import KeepaliveTransport
 
-    with httpx2.Client(transport=KeepaliveTransport(verify=trust(ca)), timeout=TIMEOUT) as client:
-        yield HttpxLike(client, base)
+    transport = KeepaliveTransport(**h2keep_options(target, engine, httpx2.Limits))
+    with httpx2.Client(transport=transport, timeout=TIMEOUT) as client:
+        yield HttpxLike(client, target.url)
 
 
 @contextmanager
-def _h2keep_httpx(base: str, ca: Path) -> Iterator[Client]:
+def _h2keep_httpx(engine: str, target: Target) -> Iterator[Client]:
     import httpx
 
     from h2keep.httpx import KeepaliveTransport
 
-    with httpx.Client(transport=KeepaliveTransport(verify=trust(ca)), timeout=TIMEOUT) as client:
-        yield HttpxLike(client, base)
+    transport = KeepaliveTransport(**h2keep_options(target, engine, httpx.Limits))
+    with httpx.Client(transport=transport, timeout=TIMEOUT) as client:
+        yield HttpxLike(client, target.url)
 
 
 @contextmanager
-def _httpx2(base: str, ca: Path) -> Iterator[Client]:
+def _httpx2(target: Target) -> Iterator[Client]:
     import httpx2
 
-    with httpx2.Client(http2=True, verify=trust(ca), timeout=TIMEOUT) as client:
-        yield HttpxLike(client, base)
+    with httpx2.Client(http2=True, verify=target.trust(), timeout=TIMEOUT) as client:
+        yield HttpxLike(client, target.url)
 
 
 @contextmanager
-def _httpx(base: str, ca: Path) -> Iterator[Client]:
+def _httpx(target: Target) -> Iterator[Client]:
     import httpx
 
-    with httpx.Client(http2=True, verify=trust(ca), timeout=TIMEOUT) as client:
-        yield HttpxLike(client, base)
+    with httpx.Client(http2=True, verify=target.trust(), timeout=TIMEOUT) as client:
+        yield HttpxLike(client, target.url)
 
 
 @contextmanager
-def _pyreqwest_httpx(base: str, ca: Path) -> Iterator[Client]:
+def _pyreqwest_httpx(target: Target) -> Iterator[Client]:
     import httpx
     from pyreqwest.client import SyncClientBuilder
     from pyreqwest.compatibility.httpx import SyncHttpxTransport
 
-    builder = SyncClientBuilder().http2(True).add_root_certificate_pem(ca.read_bytes())
+    builder = SyncClientBuilder().http2(True).add_root_certificate_pem(target.ca.read_bytes())
     transport = SyncHttpxTransport(builder.timeout(timedelta(seconds=TIMEOUT)).build())
     with httpx.Client(transport=transport, timeout=TIMEOUT) as client:
-        yield HttpxLike(client, base)
+        yield HttpxLike(client, target.url)
 
 
-CANDIDATES: Mapping[str, Callable[[str, Path], AbstractContextManager[Client]]] = {
-    "h2keep": _h2keep,
-    "h2keep-httpx2": _h2keep_httpx2,
-    "h2keep-httpx": _h2keep_httpx,
+@contextmanager
+def _niquests(target: Target) -> Iterator[Client]:
+    import niquests
+
+    with niquests.Session(timeout=TIMEOUT) as session:
+        # Else REQUESTS_CA_BUNDLE has precedence over what is said here.
+        session.trust_env = False
+        session.verify = str(target.ca)
+        yield Niquests(session, target.url)
+
+
+@contextmanager
+def _raw_tls(target: Target) -> Iterator[Client]:
+    with closing(RawTls(target)) as raw:
+        yield Floor(raw)
+
+
+@contextmanager
+def _null_httpx2(target: Target) -> Iterator[Client]:
+    """No network at all: what httpx2 itself costs, which no transport can save."""
+    import httpx2
+
+    with httpx2.Client(transport=_null_transport(), timeout=TIMEOUT) as client:
+        yield HttpxLike(client, target.url)
+
+
+def _null_transport() -> httpx2.BaseTransport:
+    import httpx2
+
+    class Body(httpx2.SyncByteStream):
+        def __init__(self, pieces: Iterator[bytes]) -> None:
+            self._pieces = pieces
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self._pieces
+
+    class Null(httpx2.BaseTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            body = Body(null_body(request.url.params))
+            return httpx2.Response(200, headers=[(b"content-type", b"application/json")], stream=body)
+
+    return Null()
+
+
+CANDIDATES: Mapping[str, Callable[[Target], AbstractContextManager[Client]]] = {
+    "h2keep": functools.partial(_h2keep, "h2"),
+    "h2keep-ngh2": functools.partial(_h2keep, "ngh2"),
+    "h2keep-httpx2": functools.partial(_h2keep_httpx2, "h2"),
+    "h2keep-httpx2-ngh2": functools.partial(_h2keep_httpx2, "ngh2"),
+    "h2keep-httpx": functools.partial(_h2keep_httpx, "h2"),
+    "h2keep-httpx-ngh2": functools.partial(_h2keep_httpx, "ngh2"),
     "httpx2": _httpx2,
     "httpx": _httpx,
     "pyreqwest-httpx": _pyreqwest_httpx,
+    "niquests": _niquests,
+    "null-httpx2": _null_httpx2,
+    "raw-tls": _raw_tls,
 }
 
 
-def _in_threads(number: int, run: Callable[[int], None]) -> None:
-    """Run in so many threads; the first failure is raised when all have ended."""
+def _in_threads(number: int, run: Callable[[int], None], patience: float | None = None) -> int:
+    """Run in so many threads; how many of them have not ended when the patience has. The first failure is raised."""
     failures: list[BaseException] = []
 
     def guarded(index: int) -> None:
@@ -123,13 +222,16 @@ def _in_threads(number: int, run: Callable[[int], None]) -> None:
             # Threads have nobody above them to raise it to.
             failures.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(number)]
+    # Daemons, as one that waits for an answer that never comes must not keep the process.
+    threads = [threading.Thread(target=guarded, args=(index,), daemon=True) for index in range(number)]
+    until = None if patience is None else time.monotonic() + patience
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(None if until is None else max(0.0, until - time.monotonic()))
     if failures:
         raise failures[0]
+    return sum(thread.is_alive() for thread in threads)
 
 
 def _post(client: Client, path: str) -> None:
@@ -139,26 +241,39 @@ def _post(client: Client, path: str) -> None:
 
 
 def threads(client: Client, p: Parameters) -> Metrics:
-    """`rr`, with a thread for each of those that are under way at once."""
+    """`rr`, with a thread for each of those that are under way at once.
+
+    A request that fails is counted, and so is one that is still unanswered well after the end: some clients lose
+    requests when threads share them.
+    """
     path = "/answer?size=500"
     times: list[float] = []
+    failed: list[Exception] = []
 
-    def ask_all(seconds: float) -> None:
+    def ask_all(seconds: float) -> int:
         times.clear()
+        failed.clear()
         until = time.perf_counter() + seconds
 
         def ask(_: int) -> None:
             while (start := time.perf_counter()) < until and len(times) < MAX_REQUESTS:
-                _post(client, path)
-                times.append(time.perf_counter() - start)
+                try:
+                    _post(client, path)
+                    times.append(time.perf_counter() - start)
+                except Exception as error:
+                    failed.append(error)
+                    if len(failed) > MAX_FAILURES:
+                        raise
 
-        _in_threads(p.count("concurrency"), ask)
+        return _in_threads(p.count("concurrency"), ask, seconds + GRACE)
 
     _post(client, path)
     ask_all(p["warmup"])
     with Window(p.stats) as window:
-        ask_all(p["seconds"])
-    return window.metrics(len(times)) | latencies(times)
+        stuck = ask_all(p["seconds"])
+    if not times:
+        raise failed[0] if failed else TimeoutError("no request was answered")
+    return window.metrics(len(times)) | latencies(times) | {"failed": len(failed) + stuck}
 
 
 def download(client: Client, p: Parameters) -> Metrics:
@@ -174,8 +289,7 @@ def download(client: Client, p: Parameters) -> Metrics:
             if received != size:
                 raise RuntimeError(f"{size} bytes were asked for, {received} came")
             seconds.append(time.perf_counter() - start)
-    measured = window.metrics(p["mib"] * len(seconds))
-    return measured | {"per_second": p["mib"] / percentile(seconds, 0.5), "first": p["mib"] / seconds[0]}
+    return window.metrics(p["mib"] * len(seconds)) | rates(p["mib"], seconds)
 
 
 def storm(client: Client, p: Parameters) -> Metrics:
@@ -202,7 +316,7 @@ def storm(client: Client, p: Parameters) -> Metrics:
 
         _in_threads(p.count("concurrency"), ask)
         gc.collect()
-        rounds.append(_resident())
+        rounds.append(resident())
 
     _post(client, "/answer?size=500")
     with Window(p.stats) as window:
@@ -212,14 +326,6 @@ def storm(client: Client, p: Parameters) -> Metrics:
     if len(rounds) != p.count("rounds") or abs(sum(done) - total) > total // 100:
         raise RuntimeError(f"{total} requests were to be made, {done} were")
     return window.metrics(total) | {"grown": rounds[-1] / rounds[1] - 1, "resident_mib": rounds[-1] / MIB}
-
-
-def _resident() -> float:
-    """Bytes of this process's memory that are in use; 0 where there is no /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0.0
 
 
 WORKLOADS: Mapping[str, Callable[[Client, Parameters], Metrics]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.plan import FIGURES, Case, Column, Figure, Value
@@ -11,6 +12,9 @@ from benchmarks.plan import FIGURES, Case, Column, Figure, Value
 Rounds = Sequence[Mapping[str, float] | None]
 Results = Mapping[str, Mapping[str, Rounds]]
 """What each case's candidates measured in each round; None where a worker failed or the candidate was not asked."""
+
+Failures = Mapping[str, Mapping[str, str]]
+"""Why a case's candidate last gave no result."""
 
 Reading = tuple[float, float, float]
 """Median, least and greatest."""
@@ -41,49 +45,89 @@ def measure(results: Results, figure: Figure) -> Reading | None:
     return reading(numbers)
 
 
-def tables(cases: Sequence[Case], results: Results, *, quick: bool) -> str:
-    measured = [case for case in cases if results.get(case.name)]
-    return "\n\n".join(
-        [*(_case_table(case, results, case.numbers(quick=quick)) for case in measured), _figures(results)]
-    )
+@dataclass(frozen=True)
+class Verdict:
+    """A figure as it came out; `measured` is None where a candidate gave no result."""
+
+    figure: Figure
+    measured: Reading | None
+
+    @property
+    def word(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        passes = self.figure.passes(self.measured[0])
+        return "" if passes is None else "pass" if passes else "MISS"
+
+    def cells(self) -> list[str]:
+        """What, bound, median, spread, word."""
+        middle = spread = "-"
+        if self.measured is not None:
+            middle, least, greatest = (shown(value, self.figure.unit) for value in self.measured)
+            spread = f"{least} .. {greatest}"
+        return [self.figure.what, bound(self.figure), middle, spread, self.word]
 
 
-def verdicts(results: Results) -> list[dict[str, object]]:
+def verdicts(results: Results, unavailable: Collection[str] = ()) -> list[Verdict]:
+    """All figures whose candidates were asked, those of unavailable candidates too: none is left out for failing."""
+
+    def asked(value: Value) -> bool:
+        return value.case in results and (value.candidate in results[value.case] or value.candidate in unavailable)
+
+    return [Verdict(figure, measure(results, figure)) for figure in FIGURES if all(map(asked, figure.values()))]
+
+
+def records(results: Results, unavailable: Collection[str] = ()) -> list[dict[str, object]]:
     """The figures for the JSON report."""
     rows: list[dict[str, object]] = []
-    for figure in FIGURES:
-        if (measured := measure(results, figure)) is not None:
-            middle, least, greatest = measured
-            bounds = {"at_least": figure.at_least, "at_most": figure.at_most}
-            spread = {"median": middle, "min": least, "max": greatest}
-            rows.append({"what": figure.what, **spread, **bounds, "passes": figure.passes(middle)})
+    for verdict in verdicts(results, unavailable):
+        figure = verdict.figure
+        bounds = {"at_least": figure.at_least, "at_most": figure.at_most}
+        spread = dict(zip(("median", "min", "max"), verdict.measured or (None, None, None), strict=True))
+        rows.append({"what": figure.what, **spread, **bounds, "word": verdict.word})
     return rows
 
 
-def _case_table(case: Case, results: Results, numbers: Mapping[str, float]) -> str:
-    rows = [["candidate", *(column.title for column in case.columns), ""]]
-    notes: list[str] = []
+def tables(
+    cases: Sequence[Case], results: Results, failures: Failures, unavailable: Mapping[str, str], *, quick: bool
+) -> str:
+    measured = [case for case in cases if results.get(case.name)]
+    parts = [_case_text(case, results, failures, case.numbers(quick=quick)) for case in measured]
+    rows = [verdict.cells() for verdict in verdicts(results, unavailable)]
+    if rows:
+        parts.append("\n".join(["figures", *_align([["figure", "bound", "median", "spread", ""], *rows])]))
+    if unavailable:
+        parts.append("\n".join(["not available", *_align([list(item) for item in unavailable.items()])]))
+    return "\n\n".join(parts)
+
+
+def case_rows(case: Case, results: Results, failures: Failures) -> list[list[str]]:
+    """A head, then a row for each candidate, with what makes its numbers mean something else than they seem to."""
+    rows = [["candidate", *(column.title for column in case.columns), "remarks"]]
     for candidate, rounds in results[case.name].items():
-        if not any(rounds):
-            notes.append(f"{candidate}: no result")
-            continue
-        cells = [_cell(case, candidate, results, column, spread=i == 0) for i, column in enumerate(case.columns)]
-        rows.append([candidate, *cells, _remark(case, candidate, results)])
-    title = " ".join([case.name, *(f"{name}={number:g}" for name, number in numbers.items())])
-    return "\n".join([title, *_align(rows), *notes])
+        if any(rounds):
+            cells = [_cell(case, candidate, results, column, spread=i == 0) for i, column in enumerate(case.columns)]
+            rows.append([candidate, *cells, _remark(case, candidate, results)])
+        else:
+            why = failures.get(case.name, {}).get(candidate, "not asked")
+            rows.append([candidate, *("-" for _ in case.columns), f"no result: {why}"])
+    return rows
+
+
+def _case_text(case: Case, results: Results, failures: Failures, numbers: Mapping[str, float]) -> str:
+    title = " ".join([case.name, *(f"{name}={value:g}" for name, value in numbers.items())])
+    return "\n".join([title, *_align(case_rows(case, results, failures))])
 
 
 def _cell(case: Case, candidate: str, results: Results, column: Column, *, spread: bool) -> str:
     measured = reading(series(results, Value(case.name, candidate, column.metric)))
     if measured is None:
         return "-"
-    middle, least, greatest = (format(number, column.form) for number in measured)
+    middle, least, greatest = (format(value, column.form) for value in measured)
     return f"{middle} [{least}..{greatest}]" if spread and (least, greatest) != (middle, middle) else middle
 
 
 def _remark(case: Case, candidate: str, results: Results) -> str:
-    """What makes a row's numbers mean something else than they seem to."""
-
     def measured(metric: str) -> Reading:
         return reading(series(results, Value(case.name, candidate, metric))) or (0.0, 0.0, 0.0)
 
@@ -94,25 +138,18 @@ def _remark(case: Case, candidate: str, results: Results) -> str:
         remarks.append(f"others used up to {measured('others_busy')[2]:.0%} of a core")
     if case.one_connection and measured("connections")[2] > 1:
         remarks.append(f"{measured('connections')[2]:.0f} connections")
+    if measured("failed")[2]:
+        remarks.append(f"up to {measured('failed')[2]:,.0f} requests failed")
     if failed := sum(metrics is None for metrics in results[case.name][candidate]):
-        remarks.append(f"{failed} rounds failed")
+        remarks.append(f"{failed} of {len(results[case.name][candidate])} rounds without a result")
     return ", ".join(remarks)
 
 
-def _figures(results: Results) -> str:
-    rows = [["figure", "bound", "median", "spread", ""]]
-    for figure in FIGURES:
-        measured = measure(results, figure)
-        if measured is None:
-            continue
-        middle, least, greatest = (f"{number:.2f}{figure.unit}" for number in measured)
-        passes = figure.passes(measured[0])
-        mark = "" if passes is None else "pass" if passes else "MISS"
-        rows.append([figure.what, _bound(figure), middle, f"{least}..{greatest}", mark])
-    return "\n".join(["figures", *_align(rows)]) if len(rows) > 1 else "no figures: their candidates did not run"
+def shown(value: float, unit: str) -> str:
+    return f"{value:,.2f}{unit}"
 
 
-def _bound(figure: Figure) -> str:
+def bound(figure: Figure) -> str:
     if figure.at_least is not None:
         return f">= {figure.at_least:g}{figure.unit}"
     return "" if figure.at_most is None else f"<= {figure.at_most:g}{figure.unit}"

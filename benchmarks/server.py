@@ -1,12 +1,13 @@
-"""The Go server: built, certified, started on cores of its own, stopped."""
+"""The Go programs, the server above all: built, certified, started on their cores, stopped; a slow line before it."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING
 import trustme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "goserver"
-BINARY = HERE / ".build" / "goserver"
+SERVER, CLIENT = (HERE / ".build" / name for name in ("goserver", "goclient"))
+#: Seconds that a server may take to say where it listens.
+START = 20
 GO_ENVIRONMENT = {"GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOTOOLCHAIN": "local"}
 
 
@@ -30,6 +32,17 @@ class Server:
     url: str
     stats: str
     ca: Path
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a case wants of its server: streams a connection, addresses, HTTP/1.1, and a line of so many Mbit/s."""
+
+    streams: int = 8192
+    listeners: int = 1
+    http1: bool = False
+    mbit: float | None = None
+    round_trip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,11 @@ class Kit:
 
 @contextmanager
 def prepare() -> Iterator[Kit]:
-    """Build the server; Go's own cache makes that quick when nothing has changed."""
+    """Build both; Go's own cache makes that quick when nothing has changed."""
     go = Path(sys.executable).with_name("go")
-    command = [str(go) if go.exists() else "go", "build", "-o", str(BINARY), "."]
-    subprocess.run(command, cwd=SOURCE, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+    for binary in (SERVER, CLIENT):
+        command = [str(go) if go.exists() else "go", "build", "-o", str(binary), "."]
+        subprocess.run(command, cwd=HERE / binary.name, env={**os.environ, **GO_ENVIRONMENT}, check=True)
     with TemporaryDirectory(prefix="h2keep-benchmarks-") as directory:
         kit = Kit(Path(directory, "server.pem"), Path(directory, "ca.pem"))
         authority = trustme.CA()
@@ -68,19 +82,45 @@ def prepare() -> Iterator[Kit]:
 
 
 @contextmanager
-def serve(kit: Kit, placement: Placement) -> Iterator[Server]:
+def serve(kit: Kit, placement: Placement, demands: Demands = Demands()) -> Iterator[Server]:
     """Run a server of one's own, which has seen no other client."""
-    command = [str(BINARY), "-cert", str(kit.cert)]
-    with _on_cores(placement.server):
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:  # which closes its standard input, upon which it ends
-        assert process.stdout is not None
-        addresses = json.loads(process.stdout.readline())
-        yield Server(f"https://{addresses['https']}", addresses["stats"], kit.ca)
+    command = [str(SERVER), "-cert", str(kit.cert), "-streams", str(demands.streams)]
+    command += ["-listeners", str(demands.listeners), *(["-http1"] if demands.http1 else [])]
+    with ExitStack() as stack:
+        addresses = stack.enter_context(_running(command, placement))
+        https = addresses["https"]
+        if demands.mbit is not None:
+            line = ["--mbit", str(demands.mbit), "--round-trip", str(demands.round_trip)]
+            relay = [sys.executable, "-m", "benchmarks.relay", https, *line]
+            https = stack.enter_context(_running(relay, placement))["address"]
+        yield Server(f"https://{https}", addresses["stats"], kit.ca)
 
 
 @contextmanager
-def _on_cores(cores: frozenset[int] | None) -> Iterator[None]:
+def _running(command: Sequence[str], placement: Placement) -> Iterator[Mapping[str, str]]:
+    """Run a program that says where it is, and ends when its standard input does."""
+    with on_cores(placement.server):
+        process = subprocess.Popen(command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], START)
+        if not ready or not (line := process.stdout.readline()):
+            raise RuntimeError(f"{command[0]} didn't start")
+        addresses: Mapping[str, str] = json.loads(line)
+        yield addresses
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@contextmanager
+def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
     """Children started meanwhile run on these cores."""
     if cores is None:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 BODY = json.dumps({"prompt": "x" * 186}).encode()
 MIB = 1 << 20
 MAX_REQUESTS = 1_000_000
+#: Requests that may fail in a span before it is given up.
+MAX_FAILURES = 2_000
 
 Metrics = dict[str, float]
 Workload = Callable[["Client", "Parameters"], Awaitable[Metrics]]
@@ -75,13 +78,18 @@ class Window:
         }
 
     def _server(self) -> Mapping[str, Any]:
-        connection = http.client.HTTPConnection(self._stats, timeout=10)
-        try:
-            connection.request("GET", "/stats")
-            answer: Mapping[str, Any] = json.load(connection.getresponse())
-        finally:
-            connection.close()
+        answer: Mapping[str, Any] = json.loads(aside(self._stats, "GET", "/stats"))
         return answer
+
+
+def aside(stats: str, method: str, path: str) -> bytes:
+    """Ask the server's other listener."""
+    connection = http.client.HTTPConnection(stats, timeout=10)
+    try:
+        connection.request(method, path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
 
 
 def _machine_cpu() -> float:
@@ -92,6 +100,14 @@ def _machine_cpu() -> float:
         return 0.0
     user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[1:9])
     return (user + nice + system + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def resident() -> float:
+    """Bytes of this process's memory that are in use; 0 where there is no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -109,14 +125,21 @@ async def rr(client: Client, p: Parameters) -> Metrics:
     """Small requests and small answers, `concurrency` at once: POST of 200 bytes of JSON, 500 bytes back."""
     path = "/answer?size=500"
     times: list[float] = []
+    failed: list[Exception] = []
 
     async def ask(until: float) -> None:
         while (start := time.perf_counter()) < until and len(times) < MAX_REQUESTS:
-            await _post(client, path)
-            times.append(time.perf_counter() - start)
+            try:
+                await _post(client, path)
+                times.append(time.perf_counter() - start)
+            except Exception as error:
+                failed.append(error)
+                if len(failed) > MAX_FAILURES:
+                    raise
 
     async def ask_all(seconds: float) -> None:
         times.clear()
+        failed.clear()
         until = time.perf_counter() + seconds
         async with anyio.create_task_group() as tasks:
             for _ in range(p.count("concurrency")):
@@ -126,7 +149,9 @@ async def rr(client: Client, p: Parameters) -> Metrics:
     await ask_all(p["warmup"])
     with Window(p.stats) as window:
         await ask_all(p["seconds"])
-    return window.metrics(len(times)) | latencies(times)
+    if not times:
+        raise failed[0]
+    return window.metrics(len(times)) | latencies(times) | {"failed": len(failed)}
 
 
 async def download(client: Client, p: Parameters) -> Metrics:
@@ -145,8 +170,41 @@ async def download(client: Client, p: Parameters) -> Metrics:
             if received != size:
                 raise RuntimeError(f"{size} bytes were asked for, {received} came")
             seconds.append(time.perf_counter() - start)
-    measured = window.metrics(p["mib"] * len(seconds))
-    return measured | {"per_second": p["mib"] / percentile(seconds, 0.5), "first": p["mib"] / seconds[0]}
+    return window.metrics(p["mib"] * len(seconds)) | rates(p["mib"], seconds)
+
+
+async def upload(client: Client, p: Parameters) -> Metrics:
+    """As `download`, the other way: a body that is in memory as a whole, as a file that was read is."""
+    content = bytes(p.count("mib") * MIB)
+    seconds: list[float] = []
+    await _post(client, "/answer?size=500")
+    with Window(p.stats) as window:
+        for _ in range(p.count("repeats")):
+            start = time.perf_counter()
+            arrived = await client.post("/sink", content)
+            if int(arrived) != len(content):
+                raise RuntimeError(f"{len(content)} bytes were sent, {arrived!r} arrived")
+            seconds.append(time.perf_counter() - start)
+    return window.metrics(p["mib"] * len(seconds)) | rates(p["mib"], seconds)
+
+
+async def wan(client: Client, p: Parameters) -> Metrics:
+    """`download` over a long, slow line: the share of it that is filled. What takes too long is left in the middle."""
+    rate: list[float] = []
+    await _post(client, "/answer?size=500")
+    with Window(p.stats) as window:
+        for _ in range(p.count("repeats")):
+            start = time.perf_counter()
+            received = 0
+            async with client.chunks(f"/bytes?size={p.count('mib') * MIB}") as chunks:
+                async for chunk in chunks:
+                    received += len(chunk)
+                    if time.perf_counter() - start > p["seconds"]:
+                        break
+            rate.append(received / (time.perf_counter() - start))
+    link = p["mbit"] * 1e6 / 8
+    measured = window.metrics(len(rate))
+    return measured | {"of_link": percentile(rate, 0.5) / link, "first_of_link": rate[0] / link}
 
 
 async def sse(client: Client, p: Parameters) -> Metrics:
@@ -160,6 +218,19 @@ async def sse(client: Client, p: Parameters) -> Metrics:
     if events != p.count("events"):
         raise RuntimeError(f"{p.count('events')} events were asked for, {events} came")
     return window.metrics(events)
+
+
+async def sse_bytes(client: Client, p: Parameters) -> Metrics:
+    """`sse`, the bytes as they come, as for a proxy or a parser of one's own."""
+    await _post(client, "/answer?size=500")
+    with Window(p.stats) as window:
+        newlines = 0
+        async with client.chunks(f"/events?count={p.count('events')}") as chunks:
+            async for chunk in chunks:
+                newlines += chunk.count(b"\n")
+    if newlines != 2 * p.count("events"):
+        raise RuntimeError(f"{p.count('events')} events were asked for, {newlines / 2:g} came")
+    return window.metrics(p["events"])
 
 
 async def sse_singly(client: Client, p: Parameters) -> Metrics:
@@ -247,6 +318,80 @@ async def fanin(client: Client, p: Parameters) -> Metrics:
     return window.metrics(len(done)) | (latencies(done) if done else {})
 
 
+async def slow(client: Client, p: Parameters) -> Metrics:
+    """`requests` at once, each answered after `wait` seconds: more than one connection's streams."""
+    path = f"/answer?size=500&wait={p['wait']}s"
+    await _post(client, "/answer?size=500")
+    gc.collect()
+    before = peak = resident()
+    with Window(p.stats) as window:
+        async with anyio.create_task_group() as all_requests:
+            for _ in range(p.count("requests")):
+                all_requests.start_soon(_post, client, path)
+            await anyio.sleep(p["wait"] / 2)
+            peak = resident()
+    peak = max(peak, resident())
+    return window.metrics(p["requests"]) | {"grown_mib": (peak - before) / MIB}
+
+
+async def idle(client: Client, p: Parameters) -> Metrics:
+    """Many connections that nobody uses: an origin for each, one request, and then nothing but PINGs."""
+    addresses = json.loads(aside(p.stats, "GET", "/addresses"))[: p.count("connections")]
+    waiting = iter(addresses)
+
+    async def connect() -> None:
+        for address in waiting:
+            await _post(client, f"https://{address}/answer?size=500")
+
+    await _post(client, "/answer?size=500")
+    gc.collect()
+    before = resident()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(connect)
+    await anyio.sleep(p["warmup"])
+    gc.collect()
+    grown = resident() - before
+    with Window(p.stats) as window:
+        await anyio.sleep(p["seconds"])
+    measured = window.metrics(len(addresses))
+    return measured | {
+        "resident_kib": grown / 1024 / len(addresses),
+        "busy_per_thousand": measured["client_busy"] / len(addresses) * 1000,
+    }
+
+
+async def reconnect(client: Client, p: Parameters) -> Metrics:
+    """A request whose connection the server closed a moment ago: what a new one costs, TCP and TLS included.
+
+    CPU is that of these requests alone, as `cpu_us`. Some clients fail on the connection that was closed, and need to
+    be asked again: that counts as failed, and its time as theirs.
+    """
+    times: list[float] = []
+    cpu = 0.0
+    failed = 0
+    await _post(client, "/answer?size=500")
+    with Window(p.stats) as window:
+        for _ in range(p.count("repeats")):
+            aside(p.stats, "POST", "/close")
+            await anyio.sleep(p["pause"])
+            before, start = time.process_time(), time.perf_counter()
+            try:
+                await _post(client, "/answer?size=500")
+            except Exception:  # noqa: BLE001
+                # Whatever it is: only that it happens is of interest.
+                failed += 1
+                await _post(client, "/answer?size=500")
+            times.append(time.perf_counter() - start)
+            cpu += time.process_time() - before
+    measured = window.metrics(len(times)) | latencies(times)
+    return measured | {"cpu_us": cpu / len(times) * 1e6, "failed": failed}
+
+
+def rates(mib: float, seconds: Sequence[float]) -> Metrics:
+    return {"per_second": mib / percentile(seconds, 0.5), "first": mib / seconds[0]}
+
+
 def latencies(times: Sequence[float]) -> Metrics:
     return {"p50_ms": percentile(times, 0.5) * 1e3, "p99_ms": percentile(times, 0.99) * 1e3}
 
@@ -254,8 +399,14 @@ def latencies(times: Sequence[float]) -> Metrics:
 WORKLOADS: Mapping[str, Workload] = {
     "rr": rr,
     "download": download,
+    "upload": upload,
+    "wan": wan,
     "sse": sse,
+    "sse-bytes": sse_bytes,
     "sse-singly": sse_singly,
     "bulk-latency": bulk_latency,
     "fanin": fanin,
+    "slow": slow,
+    "idle": idle,
+    "reconnect": reconnect,
 }

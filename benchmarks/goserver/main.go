@@ -1,11 +1,13 @@
 // The benchmarks' HTTP/2 server: Go's net/http over TLS, no dependencies.
 //
 //	POST /answer?size=500&wait=2s            reads the body, waits, answers with size bytes of JSON
+//	POST /sink                               reads the body, answers with its length
 //	GET  /bytes?size=50331648                size bytes
 //	GET  /events?count=20&interval=20ms      Server-Sent Events, each flushed, each bearing the time it was sent
 //
-// A second listener, plain HTTP/1.1, has GET /stats. The addresses of both are printed as one line of JSON; the server
-// ends when its standard input does.
+// A second listener, plain HTTP/1.1, has GET /stats, GET /addresses (all that are listened on: with -listeners there are
+// many origins) and POST /close, which closes all connections. The addresses of the first and of this one are printed as
+// one line of JSON; the server ends when its standard input does.
 package main
 
 import (
@@ -22,6 +24,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -33,6 +36,9 @@ var (
 	connections atomic.Int64
 	requests    atomic.Int64
 	noise       = make([]byte, chunk)
+
+	openLock sync.Mutex
+	open     = map[net.Conn]bool{}
 )
 
 func number(r *http.Request, name string, fallback int) int {
@@ -64,6 +70,14 @@ func answer(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.Write(body)
+}
+
+// sink reads what is uploaded as fast as it comes.
+func sink(w http.ResponseWriter, r *http.Request) {
+	size, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r.Body, make([]byte, chunk))
+	if err == nil {
+		fmt.Fprint(w, size)
+	}
 }
 
 // download sends many bytes as fast as flow control lets it.
@@ -111,10 +125,31 @@ func stats(w http.ResponseWriter, _ *http.Request) {
 	})
 }
 
-// http2Only counts requests and refuses those that came over anything but HTTP/2.
-func http2Only(next http.Handler) http.Handler {
+// closeAll ends every connection as a server does that stops: at once, but with the notice of TLS.
+func closeAll(http.ResponseWriter, *http.Request) {
+	openLock.Lock()
+	defer openLock.Unlock()
+	for c := range open {
+		c.Close()
+	}
+}
+
+func follow(c net.Conn, state http.ConnState) {
+	openLock.Lock()
+	defer openLock.Unlock()
+	switch state {
+	case http.StateNew:
+		connections.Add(1)
+		open[c] = true
+	case http.StateClosed:
+		delete(open, c)
+	}
+}
+
+// counted counts requests, and refuses those that came over anything but HTTP/2 unless they are wanted.
+func counted(next http.Handler, http1 bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ProtoMajor != 2 {
+		if r.ProtoMajor != 2 && !http1 {
 			http.Error(w, "HTTP/2 only", http.StatusHTTPVersionNotSupported)
 			return
 		}
@@ -123,9 +158,19 @@ func http2Only(next http.Handler) http.Handler {
 	})
 }
 
+func listen() net.Listener {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	return listener
+}
+
 func main() {
 	cert := flag.String("cert", "", "certificate chain and private key, one PEM `file`")
 	streams := flag.Int("streams", 8192, "MAX_CONCURRENT_STREAMS")
+	listeners := flag.Int("listeners", 1, "addresses to listen on")
+	http1 := flag.Bool("http1", false, "answer HTTP/1.1 too")
 	flag.Parse()
 	pair, err := tls.LoadX509KeyPair(*cert, *cert)
 	if err != nil {
@@ -135,29 +180,28 @@ func main() {
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /answer", answer)
+	mux.HandleFunc("POST /sink", sink)
 	mux.HandleFunc("GET /bytes", download)
 	mux.HandleFunc("GET /events", events)
 	server := &http.Server{
-		Handler:   http2Only(mux),
+		Handler:   counted(mux, *http1),
 		TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}},
 		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: *streams},
 		ErrorLog:  log.New(io.Discard, "", 0), // clients that end in the middle of things are part of the day
-		ConnState: func(_ net.Conn, state http.ConnState) {
-			if state == http.StateNew {
-				connections.Add(1)
-			}
-		},
+		ConnState: follow,
 	}
-	main, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Fatal(err)
+	addresses := make([]string, *listeners)
+	for i := range addresses {
+		listener := listen()
+		addresses[i] = listener.Addr().String()
+		go func() { log.Fatal(server.ServeTLS(listener, "", "")) }()
 	}
-	side, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Fatal(err)
-	}
-	go func() { log.Fatal(server.ServeTLS(main, "", "")) }()
-	go func() { log.Fatal(http.Serve(side, http.HandlerFunc(stats))) }()
-	json.NewEncoder(os.Stdout).Encode(map[string]string{"https": main.Addr().String(), "stats": side.Addr().String()})
+	aside := http.NewServeMux()
+	aside.HandleFunc("GET /stats", stats)
+	aside.HandleFunc("GET /addresses", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(addresses) })
+	aside.HandleFunc("POST /close", closeAll)
+	side := listen()
+	go func() { log.Fatal(http.Serve(side, aside)) }()
+	json.NewEncoder(os.Stdout).Encode(map[string]string{"https": addresses[0], "stats": side.Addr().String()})
 	io.Copy(io.Discard, os.Stdin)
 }

@@ -1,0 +1,3 @@
+module benchclient
+
+go 1.25
