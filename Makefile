@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: bench bench-behaviour bench-quick demo test lint
 
 demo: $(STAMP)
 	$(BIN)/python -m h2keep demo
@@ -16,8 +16,22 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# About 35 minutes, on a machine that does nothing else; then docs/performance.md is made of it.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks run --profile-missed --minutes 32 --json benchmarks/results/speed.json
+	$(BIN)/python -m benchmarks report benchmarks/results/speed.json
+
+# Looks whether all works; its numbers mean nothing.
+bench-quick: $(STAMP)
+	$(BIN)/python -m benchmarks run --quick --json benchmarks/results/quick.json
+	$(BIN)/python -m benchmarks report benchmarks/results/quick.json --output benchmarks/results/quick.md
+
+# About 5 minutes: every client under every fault, then docs/behaviour.md.
+bench-behaviour: $(STAMP)
+	$(BIN)/python -m benchmarks.behaviour
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[cli,demo,httpx,httpx2,socks,trio]' --group dev --group bench
+	$(BIN)/python -m pip install --quiet --editable '.[cli,demo,fast,httpx,httpx2,socks,trio]' --group dev --group bench
 	touch $@
