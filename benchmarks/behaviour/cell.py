@@ -37,7 +37,7 @@ PROBE = 3.0
 COUNTING = 3.0
 SIZE = 20
 #: How finely the times of bytes are kept, in seconds.
-RESOLUTION = 0.02
+RESOLUTION = 0.04
 
 
 class CellError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -60,7 +61,9 @@ def _draw_client(axes: Axes, row: int, record: Record) -> None:
         (record.down, RECEIVED, 0.0, HEIGHT),
     ):
         shown = [at for at in times if SHOWN[0] <= at <= SHOWN[1]]
-        axes.vlines(shown, row + low, row + high, colors=colour, linewidth=0.7)
+        # One path with gaps: as separate lines they make a file five times as large.
+        across = [x for at in shown for x in (at, at, math.nan)]
+        axes.plot(across, [row + low, row + high, math.nan] * len(shown), color=colour, linewidth=0.7)
     pings = [at for at in record.pings if at <= SHOWN[1]]
     axes.plot(pings, [row - HEIGHT] * len(pings), "v", color=PING, markersize=3, clip_on=True)
     for attempt in record.attempts:

@@ -223,9 +223,11 @@ class Connection(asyncio.Protocol):
     async def _answer(self, stream: int) -> None:
         query = self._queries[stream]
         size = int(query.get("size", 0))
+        due = time.monotonic() + float(query.get("wait", 0))
+        # Upon which this process may be stopped.
         tell("taken", id=int(query["id"]))
         if self._paths[stream] == "/answer":
-            await asyncio.sleep(float(query.get("wait", 0)))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
             await self._head(stream, size)
             await self._send(stream, size)
         else:
