@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from support.servers import Server, forgetful
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("leak_check")]
 
@@ -34,15 +32,6 @@ CANCEL = 8
 def sdk(request: pytest.FixtureRequest) -> Sdk:
     found: Sdk = request.param
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    """The SDKs are some 200,000 objects, which every look for leaks would visit again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 async def test_a_completion(sdk: Sdk, granian: Server, client_ssl: ssl.SSLContext) -> None:

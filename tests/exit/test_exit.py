@@ -142,6 +142,8 @@ class Program:
                     await peer.send_ciphertext(b"\x17\x03\x03\x00\x20" + bytes(32))
                 case "/then-reset":
                     await peer.respond(stream_id, body=b"ok")
+                    # A reset discards what the client hasn't read yet: its acknowledgement comes after that.
+                    await peer.ping()
                     peer.abort()
                 case "/then-garbage":
                     await peer.respond(stream_id, body=b"ok")

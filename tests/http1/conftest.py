@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,15 +11,8 @@ from support.fronts import FRONTS, Front, without_repetitions
 from support.http1 import server_context
 
 if TYPE_CHECKING:
+    import ssl
     from pathlib import Path
-
-    import trustme
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _frozen_heap(frozen_heap: None) -> None:
-    """Looks for leaks are many here."""
-    del frozen_heap
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +35,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def http1_ssl(cert_path: Path, key_path: Path) -> ssl.SSLContext:
     """A server's context that speaks HTTP/1.1 only."""
     return server_context(cert_path, key_path, "http/1.1")
-
-
-@pytest.fixture
-def client_ssl(ca: trustme.CA) -> ssl.SSLContext:
-    """Without the system's authorities, which take long to load."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    ca.configure_trust(context)
-    return context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -34,15 +33,6 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name.lower(), raising=False)
     yield
     h2keep.uninstall()
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    """The SDKs are some 200,000 objects, which every look for leaks would visit again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import ssl
-from typing import TYPE_CHECKING
-
 import pytest
 
 from h2keep import _fallback
 from support.fronts import BOTH, Front, without_repetitions
-
-if TYPE_CHECKING:
-    import trustme
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _frozen_heap(frozen_heap: None) -> None:
-    """Looks for leaks are many here."""
-    del frozen_heap
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +22,3 @@ def front(request: pytest.FixtureRequest) -> Front:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = without_repetitions(items)
-
-
-@pytest.fixture
-def client_ssl(ca: trustme.CA) -> ssl.SSLContext:
-    """Without the system's authorities, which take long to load."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    ca.configure_trust(context)
-    return context

@@ -1,8 +1,7 @@
-"""Every look for leaks visits all objects, of which the SDKs are some 200,000."""
+"""What the tests of SDKs for threads share."""
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,14 +10,6 @@ from support.background import nothing_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

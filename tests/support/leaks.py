@@ -22,7 +22,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-__all__ = ["frozen_heap", "leak_check", "no_leaks", "open_sockets", "running_tasks"]
+__all__ = ["leak_check", "no_leaks", "open_sockets", "running_tasks"]
 
 #: Scheduler passes in which what was closed may come to its end.
 _PASSES = 50
@@ -78,9 +78,9 @@ async def leak_check() -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(scope="package")
-def frozen_heap() -> Iterator[None]:
-    """What there is now, the libraries above all, is not visited again by every look for leaks."""
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> Iterator[None]:
+    """What there is before a module's tests, the libraries above all, is not visited again by every look for leaks."""
     gc.collect()
     gc.freeze()
     yield
