@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 #: Streams that a peer is taken to allow before it has said so (the floor that RFC 9113, section 6.5.2, recommends).
-_ASSUMED_STREAMS = 100
+ASSUMED_STREAMS = 100
 _HIGHEST_STREAM_ID = 2**31 - 1
 #: Connection credit is returned in batches of this many bytes: few frames, yet never near the window's end.
 _CREDIT_BATCH = 1024 * 1024
@@ -91,6 +91,8 @@ class Connection:
         self.closed = False
         #: The peer's SETTINGS came.
         self.ready = False
+        #: Concurrent streams to count on until the peer's SETTINGS come.
+        self.assumed_streams = ASSUMED_STREAMS
         #: Two timeouts in a row without progress: no new requests (K21).
         self.retired = False
         #: The peer's GOAWAY with the lowest last_stream_id, None if there was none.
@@ -175,10 +177,10 @@ class Connection:
 
     @property
     def max_streams(self) -> int:
-        """Concurrent streams allowed: the peer's limit, at most 256; 100 until its SETTINGS came."""
+        """Concurrent streams allowed: the peer's limit, at most 256; `assumed_streams` until its SETTINGS came."""
         limit = self._engine.max_concurrent_streams
         if limit is None:
-            limit = MAX_STREAMS if self.ready else _ASSUMED_STREAMS
+            limit = MAX_STREAMS if self.ready else self.assumed_streams
         return min(limit, MAX_STREAMS)
 
     @property
@@ -198,6 +200,13 @@ class Connection:
     def _slots(self, held: int) -> int:
         unread = -(-self._unread // INITIAL_WINDOW)
         return min(self.max_streams - held, MAX_STREAMS - unread) - self.open_streams
+
+    def displaced(self) -> list[int]:
+        """The youngest requests that have not left, as many as the peer's limit has no room for."""
+        excess = self.open_streams - self.max_streams
+        if excess <= 0:
+            return []
+        return [stream.id for stream in self._streams.values() if stream.open and stream.fields is not None][-excess:]
 
     def send_request(
         self,

@@ -129,6 +129,9 @@ class Owner(Protocol):
     def connection_alive(self, connection: Http2Connection) -> None:
         """Life came on a connection that was being verified (K9)."""
 
+    def connection_limited(self, connection: Http2Connection) -> None:
+        """The peer said how many streams it allows."""
+
     def connection_calmed(self, connection: Http2Connection) -> None:
         """The peer punished us for our PINGs (K13)."""
 
@@ -448,7 +451,10 @@ class Http2Connection:
                 changed = changed or kind not in _OF_NO_CONCERN
                 if kind in (events.ConnectionReady, events.ConnectionClosed):
                     self._ready.unpark()
-                if kind is not events.SettingsChanged:
+                if kind is events.SettingsChanged:
+                    self._owner.connection_limited(self)
+                    self._give_back()
+                else:
                     self._note(cast("ConnectionEvent", event))
         return changed
 
@@ -464,6 +470,9 @@ class Http2Connection:
             return False
         if isinstance(error, ConnectionGoingAway) and error.error_code == ErrorCode.HTTP_1_1_REQUIRED:
             return False
+        return self._hand_over(stream, error)
+
+    def _hand_over(self, stream: Http2Stream, error: H2KeepError) -> bool:
         stream.detach()
         if not self._owner.move(stream, error):
             return False
@@ -472,6 +481,17 @@ class Http2Connection:
         if not self._streams:
             self.idle_since = self.loop.time()
         return True
+
+    def _give_back(self) -> None:
+        """Requests that turn out to have no room here, and have not left, queue again for any connection."""
+        for stream_id in self.protocol.displaced():
+            stream = self._streams[stream_id]
+            allowed = self.protocol.max_streams
+            text = f"{self.origin}: the server allows {allowed} streams at once, and the request was not sent"
+            if stream.replayable:
+                # It was no attempt.
+                stream.attempts -= 1
+                self._hand_over(stream, RemoteProtocolError(text, unprocessed=True))
 
     def _note(self, event: ConnectionEvent) -> None:
         if isinstance(event, events.PingSent):

@@ -30,6 +30,7 @@ from h2keep.errors import (
     StreamReset,
 )
 from h2keep.keepalive import IntervalMemory, Keepalive
+from h2keep.protocol.connection import ASSUMED_STREAMS
 from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner import eventloop
 from h2keep.runner.connection import EventHook, Http2Connection, log
@@ -46,11 +47,10 @@ __all__ = ["Limits", "Pool", "PoolRequest", "Timeout"]
 
 #: A hedge starts no sooner than this after the first waiter came, in seconds (K9).
 _LEAST_HEDGE_DELAY = 0.2
-#: Streams that a connection not yet dialled is expected to take.
-_EXPECTED_STREAMS = 100
 #: A request is sent again this many times at most (K24).
 _MOST_MOVES = 3
-#: Before a request that was refused (REFUSED_STREAM) is sent again, at most this long at first, in seconds (K24).
+#: Before a request that was refused (REFUSED_STREAM) is sent again: at most this long at first, and at least half as
+#: long, in seconds (K24).
 _REFUSED_DELAY = 0.1
 #: Draining connections of one origin that never count against max_connections, at least (K22).
 _FREE_DRAINING = 2
@@ -111,6 +111,8 @@ class _OriginState:
 
     origin: Origin
     memory: IntervalMemory | None
+    #: Streams that its next connection is expected to take: as many as the server allowed last, at most 100.
+    streams: int = ASSUMED_STREAMS
     #: Connections that take requests and have room, the one that served last at the end.
     available: OrderedDict[Http2Connection, None] = field(default_factory=OrderedDict)
     #: Connections that must prove to be alive before they get a request (K9).
@@ -135,6 +137,12 @@ class _OriginState:
     #: If that was the connect timeout: how long it was. Who allows more may still have it.
     patience: float = math.inf
     lost: ConnectionLost | None = None
+
+    def wanted(self) -> int:
+        """Dials that the queue needs; but one at a time while they fail, or lead to a server that allows no streams."""
+        if not self.streams or self.pause > _PAUSES[0]:
+            return min(self.waiting, 1)
+        return -(-self.waiting // self.streams)
 
 
 class Pool:
@@ -208,7 +216,7 @@ class Pool:
         if not state.waiting:
             # What went wrong for those before is not what goes wrong for this one.
             state.failure = state.lost = None
-        state.queue.append(waiter)
+        _enqueue(state.queue, waiter)
         state.waiting += 1
         try:
             self._serve(state)
@@ -228,7 +236,7 @@ class Pool:
     async def _wait(self, state: _OriginState, waiter: _Waiter) -> None:
         """Wait to be served: for a dial under the connect timeout, else for room under the pool timeout."""
         timeout = waiter.request.timeout
-        dialled = state.dials * _EXPECTED_STREAMS >= state.waiting and not state.unverified
+        dialled = state.dials >= state.wanted() and not state.unverified
         seconds = self._connect_patience(timeout.connect) if dialled else timeout.pool
         with anyio.move_on_after(seconds):
             while waiter.stream is None and waiter.error is None:
@@ -282,7 +290,7 @@ class Pool:
         try:
             with scope:
                 if isinstance(error, StreamReset):
-                    await anyio.sleep(self._random.random() * _REFUSED_DELAY * 2 ** (stream.attempts - 1))
+                    await anyio.sleep(self._random.uniform(0.5, 1.0) * _REFUSED_DELAY * 2 ** (stream.attempts - 1))
                 if stream.replayable:
                     await self.open(stream.request, stream)
         except H2KeepError as failure:
@@ -369,6 +377,9 @@ class Pool:
             if first.gone:
                 state.queue.popleft()
                 continue
+            if first.again is not None and first.again.connection in state.available:
+                # It refused this request, so others are asked first (K24).
+                state.available.move_to_end(first.again.connection, last=False)
             connection = self._choose(state)
             if connection is None:
                 break
@@ -393,14 +404,18 @@ class Pool:
             # Waiters beyond what the unverified ones could take want a connection of their own.
             if state.waiting <= state.expected:
                 return
-        if state.pausing and any(connection.protocol.accepting for connection in state.connections):
+        accepting = (connection for connection in state.connections if connection.protocol.accepting)
+        if state.pausing and any(accepting):
             return
-        wanted = -(-state.waiting // _EXPECTED_STREAMS)
-        while state.dials < wanted:
-            if not self._may_dial():
-                self._starved[state] = None
-                return
+        if not state.streams and any(not connection.protocol.ready for connection in accepting):
+            # The last one had no room for anybody: first this one's SETTINGS.
+            return
+        wanted = state.wanted()
+        while state.dials < wanted and self._may_dial():
             self._start_dial(state)
+        # Looked at again: an unused connection that made way may have led to a dial already.
+        if state.dials < wanted:
+            self._starved[state] = None
 
     def _count_draining(
         self, state: _OriginState, connection: Http2Connection, change: Callable[[Http2Connection], None]
@@ -486,7 +501,7 @@ class Pool:
         state.dials += 1
         self._dials += 1
         self._starved.pop(state, None)
-        waiters = [waiter for waiter in islice(state.queue, _EXPECTED_STREAMS) if not waiter.gone]
+        waiters = [waiter for waiter in islice(state.queue, ASSUMED_STREAMS) if not waiter.gone]
         allowed = [waiter.request.timeout.connect for waiter in waiters]
         # Those that allow less have clocks of their own.
         timeout = max((seconds for seconds in allowed if seconds is not None), default=None)
@@ -537,6 +552,11 @@ class Pool:
             return
         # It is dealt with: should the other connections end, the next dial decides.
         state.failure = None
+        self._pause(state)
+
+    def _pause(self, state: _OriginState) -> None:
+        """No dial for a while, while there are other connections; each time a longer one."""
+        self._starved.pop(state, None)
         pause, longest = state.pause, _PAUSES[1]
         state.pausing = True
         state.pause = min(2 * pause, longest)
@@ -593,11 +613,13 @@ class Pool:
         if state.memory is not None:
             connection.protocol.keepalive.use_interval(state.memory.current(self.loop.time()))
         driver.start()
+        connection.protocol.assumed_streams = state.streams
         state.failure = state.lost = None
-        state.pause = _PAUSES[0]
+        if state.streams:
+            state.pause = _PAUSES[0]
         state.connections.add(connection)
         self._states[connection] = state
-        if ready:
+        if ready and state.streams:
             state.available[connection] = None
         if self._limits.max_connection_age is not None:
             # Up to a tenth less, lest all that were made at once be replaced at once.
@@ -688,6 +710,14 @@ class Pool:
         """What an hour without another punishment brings reaches a connection when it is used (K13)."""
         if connection.protocol.keepalive.interval != self._keepalive.read_idle_timeout and state.memory is not None:
             connection.use_interval(state.memory.current(self.loop.time()))
+
+    def connection_limited(self, connection: Http2Connection) -> None:
+        """Owner."""
+        state = self._states.get(connection)
+        if state is not None:
+            state.streams = min(connection.protocol.max_streams, ASSUMED_STREAMS)
+            if not state.streams and not state.pausing:
+                self._pause(state)
 
     def connection_calmed(self, connection: Http2Connection) -> None:
         """Owner."""
@@ -835,6 +865,14 @@ class Pool:
 
         self.loop.spawn(scoped, ended=ended)
         self._scopes.add(scope)
+
+
+def _enqueue(queue: deque[_Waiter], waiter: _Waiter) -> None:
+    """In order of arrival: what was open on another connection goes before what came later."""
+    place = len(queue)
+    if waiter.again is not None:
+        place = next((i for i, other in enumerate(queue) if other.request.arrival > waiter.request.arrival), place)
+    queue.insert(place, waiter)
 
 
 def _retry_delays(retries: int) -> Iterator[float | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ __all__ = ["REPLAY_BUFFER", "PoolRequest", "Timeout", "is_seconds"]
 
 #: How much of a streamed body is kept by default, so that it could be sent again, in bytes (K24).
 REPLAY_BUFFER = 16 * 1024 * 1024
+#: Any thread may ask.
+_arrivals = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class PoolRequest:
     timeout: Timeout
     #: How much of a streamed body to keep until the response starts, in bytes (K24).
     replay_buffer: int = REPLAY_BUFFER
+    #: Its place among all requests, for when it has to queue again.
+    arrival: int = field(default_factory=_arrivals.__next__)
 
 
 def is_seconds(value: object) -> bool:
