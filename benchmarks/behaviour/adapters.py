@@ -6,6 +6,7 @@ longer than any silence that a good server takes, as callers of slow APIs have t
 
 from __future__ import annotations
 
+import functools
 import ssl
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -42,10 +43,10 @@ class BlockingFetch(Protocol):
 
 
 @asynccontextmanager
-async def h2keep_async(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
+async def h2keep_async(ca: Path, patience: Patience, engine: str = "h2") -> AsyncIterator[Fetch]:
     import h2keep
 
-    async with h2keep.AsyncClient(**_h2keep_options(ca, patience)) as client:
+    async with h2keep.AsyncClient(engine=engine, **_h2keep_options(ca, patience)) as client:
 
         async def fetch(method: str, url: str, body: bytes) -> tuple[int, int]:
             response = await client.request(method, url, content=body or None)
@@ -139,6 +140,7 @@ async def niquests(ca: Path, patience: Patience) -> AsyncIterator[Fetch]:
 
 ASYNC: Mapping[str, Callable[[Path, Patience], AbstractAsyncContextManager[Fetch]]] = {
     "h2keep": h2keep_async,
+    "h2keep-ngh2": functools.partial(h2keep_async, engine="ngh2"),
     "httpx2": httpx2,
     "pyreqwest": pyreqwest,
     "niquests": niquests,

@@ -22,6 +22,7 @@ from benchmarks.behaviour.relay import Relay, Way
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from benchmarks.behaviour.network import Network
     from benchmarks.server import Kit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -105,8 +106,10 @@ class Cell:
 
     relay: Relay
 
-    def __init__(self, fault: Fault, client: str, kit: Kit) -> None:
+    def __init__(self, fault: Fault, client: str, kit: Kit, network: Network | None = None) -> None:
         self._fault = fault
+        self._network = network
+        self._host = "127.0.0.1" if network is None else network.host
         self._client = client
         self._kit = kit
         self._events: list[dict[str, Any]] = []
@@ -148,6 +151,13 @@ class Cell:
             async with asyncio.timeout(max(0.0, began + CUTOFF - time.monotonic())):
                 await self._until(lambda: all(one.ended for one in asked or self._asked))
 
+    async def shut(self, *ways: Way) -> None:
+        """The path fails in these directions, by default in both, for whatever connection there is or will be."""
+        if self._network is None:
+            self.relay.shut(*ways)
+        else:
+            await self._network.shut(*ways)
+
     def bytes_of(self, event: str, request: int) -> int:
         """How much of a request's body came to the server, or of its answer was sent."""
         return max((e["bytes"] for e in self._events if e["event"] == event and e["id"] == request), default=0)
@@ -181,7 +191,8 @@ class Cell:
                 self._port,
                 forget_after=self._fault.forget_after,
                 rates={way: self._fault.rates.get(way) for way in Way},
-                clogged=self._fault.clogged,
+                clogged=self._fault.clogged and self._network is None,
+                host=self._host,
                 forgot=self._note_forgotten,
             ) as self.relay:
                 self._worker = await Process.start(self._worker_command(), self._note)
@@ -200,6 +211,8 @@ class Cell:
     async def _probe(self) -> None:
         """Let new connections work, and make another request."""
         self.relay.heal()
+        if self._network is not None:
+            await self._network.heal()
         if self._server.process.returncode is None:
             self._server.signal(signal.SIGCONT)
         else:
@@ -242,14 +255,15 @@ class Cell:
             "read": patience.read,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
+        prefix = [] if self._network is None else self._network.prefix
         if self._client == "go":
-            return [str(GO_CLIENT), *arguments, f"--clock={time.time() - time.monotonic()}"]
-        return [sys.executable, "-m", "benchmarks.behaviour.worker", self._client, *arguments]
+            return [*prefix, str(GO_CLIENT), *arguments, f"--clock={time.time() - time.monotonic()}"]
+        return [*prefix, sys.executable, "-m", "benchmarks.behaviour.worker", self._client, *arguments]
 
     def _ask(self, method: str, target: str, size: int, upload: int) -> Asked:
         attempt = Attempt(len(self._attempts) + 1, time.monotonic(), size)
         self._attempts.append(attempt)
-        url = f"https://127.0.0.1:{self.relay.port}{target}&id={attempt.id}"
+        url = f"https://{self._host}:{self.relay.port}{target}&id={attempt.id}"
         self._worker.order("request", id=attempt.id, method=method, url=url, upload=upload)
         self._asked.append(Asked(self, attempt))
         return self._asked[-1]

@@ -22,14 +22,16 @@ SEVERAL = 3
 class Fault:
     """A row of the matrix.
 
-    `silent`: nothing tells the client, so that only a PING finds it. `survivable`: no request need be lost. The rest
-    prepares the stage: see `Relay`, and `read` is the read timeout of every client.
+    `path`: it is the path that fails, as a router can bring about. `silent`: nothing tells the client, so that only a
+    PING finds it. `survivable`: no request need be lost. The rest prepares the stage: see `Relay`; and `read` is the
+    read timeout of every client.
     """
 
     name: str
     title: str
     text: str
     script: Callable[[Cell], Awaitable[None]]
+    path: bool = False
     silent: bool = False
     survivable: bool = False
     forget_after: float | None = None
@@ -61,6 +63,8 @@ async def forgotten_in_pool(cell: Cell) -> None:
 
 
 async def blackhole_connect(cell: Cell) -> None:
+    # The relay has no way to do it later on.
+    await cell.shut()
     cell.happens()
     cell.request(wait=0)
 
@@ -73,7 +77,7 @@ async def blackhole_tls(cell: Cell) -> None:
 
 async def blackhole_headers(cell: Cell) -> None:
     await cell.request(wait=0).settled()
-    cell.relay.shut()
+    await cell.shut()
     cell.happens()
     for _ in range(SEVERAL):
         cell.request(wait=0)
@@ -81,13 +85,13 @@ async def blackhole_headers(cell: Cell) -> None:
 
 async def blackhole_upload(cell: Cell) -> None:
     await _upload_begun(cell)
-    cell.relay.shut()
+    await cell.shut()
     cell.happens()
 
 
 async def blackhole_wait(cell: Cell) -> None:
     await cell.several(wait=4)
-    cell.relay.shut()
+    await cell.shut()
     cell.happens()
 
 
@@ -95,13 +99,13 @@ async def blackhole_download(cell: Cell) -> None:
     await cell.request(wait=0).settled()
     download = cell.download(size=8 * MIB, piece=32768, interval=0.02)
     await cell.until(lambda: cell.bytes_of("streamed", download.id) >= MIB // 4)
-    cell.relay.shut()
+    await cell.shut()
     cell.happens()
 
 
 async def loss_up(cell: Cell) -> None:
     await cell.request(wait=0).settled()
-    cell.relay.shut(Way.UP)
+    await cell.shut(Way.UP)
     cell.happens()
     for _ in range(SEVERAL):
         cell.request(wait=0.5)
@@ -109,7 +113,7 @@ async def loss_up(cell: Cell) -> None:
 
 async def loss_down(cell: Cell) -> None:
     await cell.request(wait=0).settled()
-    cell.relay.shut(Way.DOWN)
+    await cell.shut(Way.DOWN)
     cell.happens()
     for _ in range(SEVERAL):
         cell.request(wait=0.5)
@@ -245,6 +249,7 @@ FAULTS = (
         "black hole: connecting",
         "No SYN is answered. Everybody's connect timeout is 2 s.",
         blackhole_connect,
+        path=True,
         silent=True,
         clogged=True,
     ),
@@ -260,6 +265,7 @@ FAULTS = (
         "black hole: request",
         "The path dies just before three requests are made on a connection that was in use.",
         blackhole_headers,
+        path=True,
         silent=True,
     ),
     Fault(
@@ -267,6 +273,7 @@ FAULTS = (
         "black hole: upload",
         "The path dies in the middle of a large upload, so that buffers fill.",
         blackhole_upload,
+        path=True,
         silent=True,
     ),
     Fault(
@@ -274,6 +281,7 @@ FAULTS = (
         "black hole: waiting",
         "The path dies while three requests wait for their answers.",
         blackhole_wait,
+        path=True,
         silent=True,
     ),
     Fault(
@@ -281,6 +289,7 @@ FAULTS = (
         "black hole: download",
         "The path dies in the middle of a download.",
         blackhole_download,
+        path=True,
         silent=True,
     ),
     Fault(
@@ -288,6 +297,7 @@ FAULTS = (
         "all lost towards the server",
         "Requests and PINGs are lost from now on, nothing else.",
         loss_up,
+        path=True,
         silent=True,
     ),
     Fault(
@@ -295,6 +305,7 @@ FAULTS = (
         "all lost towards the client",
         "The server answers, and all its answers are lost.",
         loss_down,
+        path=True,
         silent=True,
     ),
     Fault(

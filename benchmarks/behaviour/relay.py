@@ -165,7 +165,7 @@ class Flow:
 
 
 class Relay:
-    """Listens on `port` and connects to `target`; an asynchronous context manager.
+    """Listens on `host` at `port`, and connects to `target`; an asynchronous context manager.
 
     `forget_after`: seconds of silence after which a flow is dead for good, while others live. `rates`: bytes a second.
     `clogged`: no connection is accepted; SYNs go unanswered until `heal`.
@@ -178,6 +178,7 @@ class Relay:
         forget_after: float | None = None,
         rates: dict[Way, float | None] | None = None,
         clogged: bool = False,
+        host: str = _HOST,
         forgot: Callable[[], object] = lambda: None,
     ) -> None:
         self.target = target
@@ -185,6 +186,7 @@ class Relay:
         self._forget_after = forget_after
         self._rates = rates or dict.fromkeys(Way)
         self._clogged = clogged
+        self._host = host
         self._forgot = forgot
         self._shut: tuple[Way, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,7 +196,7 @@ class Relay:
         self._listener = socket.socket()
         if any(self._rates.values()):
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _THIN_BUFFER)
-        self._listener.bind((_HOST, 0))
+        self._listener.bind((self._host, 0))
         self._listener.listen(0 if self._clogged else 128)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -251,7 +253,7 @@ class Relay:
             filler.setblocking(False)
             self._fillers.append(filler)
             try:
-                await asyncio.wait_for(loop.sock_connect(filler, (_HOST, self.port)), 0.2)
+                await asyncio.wait_for(loop.sock_connect(filler, (self._host, self.port)), 0.2)
             except TimeoutError:
                 return
         raise RuntimeError("the kernel accepts connections beyond the listener's backlog")

@@ -18,13 +18,14 @@ TEMPLATE = Path(__file__).with_name("template.md")
 BOUND = READ_IDLE_TIMEOUT + PING_TIMEOUT
 CLIENTS = {
     "h2keep": "h2keep, async",
+    "h2keep-ngh2": "h2keep, async, ngh2",
     "h2keep-sync": "h2keep, sync",
     "httpx2": "httpx2",
     "pyreqwest": "pyreqwest",
     "niquests": "niquests",
     "go": "Go net/http",
 }
-OURS = ("h2keep", "h2keep-sync")
+OURS = ("h2keep", "h2keep-ngh2", "h2keep-sync")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,27 @@ class Miss:
     fault: str
     client: str
     why: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that was measured, as it lies in the file."""
+
+    about: Mapping[str, Any]
+    records: Sequence[Record]
+    #: With packets that were really lost; None where that is not permitted.
+    lossy: Sequence[Record] | None
+    failures: Sequence[str]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Results:
+        relay, network = data["relay"], data["network"]
+        return cls(
+            data["about"],
+            [Record.from_json(record) for record in relay["records"]],
+            None if network is None else [Record.from_json(record) for record in network["records"]],
+            [*relay["failures"], *([] if network is None else network["failures"])],
+        )
 
 
 class Matrix:
@@ -101,12 +123,9 @@ def outcome(judgement: Judgement) -> str:
     return ", ".join(words)
 
 
-def render(about: Mapping[str, Any], records: Sequence[Record], failures: Sequence[str]) -> str:
+def render(results: Results) -> str:
     """The page."""
-    matrix = Matrix(records)
-    silent = sum(1 for fault, _, _ in matrix.ours() if fault.silent)
-    survivable = sum(1 for fault, _, _ in matrix.ours() if fault.survivable)
-    cells = sum(1 for _ in matrix.ours())
+    matrix = Matrix(results.records)
     return Template(TEMPLATE.read_text()).substitute(
         idle=f"{READ_IDLE_TIMEOUT:g}",
         ping=f"{PING_TIMEOUT:g}",
@@ -114,14 +133,32 @@ def render(about: Mapping[str, Any], records: Sequence[Record], failures: Sequen
         cutoff=f"{CUTOFF:g}",
         bound=f"{BOUND:g}",
         tolerance=f"{TOLERANCE:g}",
-        about=_about(about),
-        matrix=_table(["", *(CLIENTS[client] for client in matrix.clients)], _matrix_rows(matrix)),
-        detection=_verdict(silent, matrix.undetected()),
-        survival=_verdict(survivable, matrix.lost_in_vain()),
-        comparison=_verdict(cells, matrix.worse()),
-        unmeasured="".join(f"\nNot measured: {failure}.\n" for failure in failures),
+        about=_about(results.about),
+        matrix=_overview(matrix),
+        claims=_claims(matrix),
+        lossy=_lossy(results.lossy),
+        unmeasured="".join(f"\nNot measured: {failure}.\n" for failure in results.failures),
         faults="\n".join(_section(matrix, fault) for fault in matrix.faults),
     )
+
+
+def _claims(matrix: Matrix) -> str:
+    silent = sum(1 for fault, _, _ in matrix.ours() if fault.silent)
+    survivable = sum(1 for fault, _, _ in matrix.ours() if fault.survivable)
+    cells = sum(1 for _ in matrix.ours())
+    claims = [
+        ("Every silent fault is detected in time", silent, matrix.undetected()),
+        ("No request is lost to a fault that need not cost any", survivable, matrix.lost_in_vain()),
+        ("No cell is worse than any other client's", cells, matrix.worse()),
+    ]
+    return "\n\n".join(f"* {claim}: {_verdict(count, misses)}" for claim, count, misses in claims if count)
+
+
+def _lossy(records: Sequence[Record] | None) -> str:
+    if records is None:
+        return "Not measured here: this system permits no network namespaces, or lacks `unshare` or `ip`."
+    matrix = Matrix(records)
+    return f"{_overview(matrix)}\n\n{_claims(matrix)}"
 
 
 def _about(about: Mapping[str, Any]) -> str:
@@ -133,20 +170,21 @@ def _about(about: Mapping[str, Any]) -> str:
     )
 
 
-def _matrix_rows(matrix: Matrix) -> Iterator[list[str]]:
+def _overview(matrix: Matrix) -> str:
+    rows = []
     for fault in matrix.faults:
         judgements = [matrix.cell(fault, client) for client in matrix.clients]
-        yield [fault.title, *("-" if judgement is None else outcome(judgement) for judgement in judgements)]
+        rows.append([fault.title, *("-" if judgement is None else outcome(judgement) for judgement in judgements)])
+    return _table(["", *(CLIENTS[client] for client in matrix.clients)], rows)
 
 
 def _verdict(cells: int, misses: Sequence[Miss]) -> str:
     """Whether a claim holds, and where it doesn't."""
     missed = len({(miss.fault, miss.client) for miss in misses})
-    claim = f"**Holds in {cells - missed} of {cells} cells.**"
     if not misses:
-        return claim
-    rows = [[miss.fault, CLIENTS[miss.client], miss.why] for miss in misses]
-    return f"{claim} Not in:\n\n{_table(['fault', 'client', ''], rows)}"
+        return f"**holds in all {cells} cells.**"
+    lines = [f"    * {miss.fault}, {CLIENTS[miss.client]}: {miss.why}" for miss in misses]
+    return "\n".join([f"**holds in {cells - missed} of {cells} cells.** Not in", "", *lines])
 
 
 def _section(matrix: Matrix, fault: Fault) -> str:
