@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.proxy import Proxy
 
-__all__ = ["Body", "Fallback", "Http1Origins", "OwnTransports", "Where", "WithoutPings", "tcp_keepalive"]
+__all__ = ["Body", "Fallback", "Http1Origins", "OwnTransports", "Where", "WithoutPings", "marked", "tcp_keepalive"]
 
 log = logging.getLogger("h2keep")
 
@@ -200,6 +200,13 @@ def tcp_keepalive(keepalive: Keepalive) -> list[SocketOption]:
     return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *((socket.IPPROTO_TCP, name, value) for name, value in known)]
 
 
+def marked(response: Any, where: Where, *, tcp_keepalive: bool) -> Any:
+    """The library's own response, with the extension that tells of it."""
+    version = response.extensions.get("http_version", b"HTTP/1.1").decode("ascii", "replace")
+    response.extensions["h2keep"] = WithoutPings(str(_origin(where)), version, tcp_keepalive)
+    return response
+
+
 def _seconds(value: float) -> int:
     return min(max(1, round(value)), _MOST_SECONDS)
 
@@ -224,13 +231,14 @@ class OwnTransports:
     def serve(self, request: Any, where: Where, proxy: Proxy | None) -> Any:
         """A response, with an extension of ours. Raises `UnsupportedProtocol` if the library lacks what it needs."""
         watched = self._watched(request, proxy, _trace)
-        return self._marked(self._get(proxy, None).handle_request(watched), where)
+        response = self._get(proxy, None).handle_request(watched)
+        return marked(response, where, tcp_keepalive=bool(self._tcp_keepalive))
 
     async def aserve(self, request: Any, where: Where, proxy: Proxy | None) -> Any:
         """As `serve`."""
         watched = self._watched(request, proxy, _atrace)
         own = self._get(proxy, eventloop.native_loop())
-        return self._marked(await own.handle_async_request(watched), where)
+        return marked(await own.handle_async_request(watched), where, tcp_keepalive=bool(self._tcp_keepalive))
 
     def _get(self, proxy: Proxy | None, loop: object) -> Any:
         """The transport for this way, in this event loop (as its backend knows it)."""
@@ -264,11 +272,6 @@ class OwnTransports:
         extensions = {**request.extensions, "trace": trace}
         kind = type(request)
         return kind(request.method, request.url, headers=request.headers, stream=request.stream, extensions=extensions)
-
-    def _marked(self, response: Any, where: Where) -> Any:
-        version = response.extensions.get("http_version", b"HTTP/1.1").decode("ascii", "replace")
-        response.extensions["h2keep"] = WithoutPings(str(_origin(where)), version, bool(self._tcp_keepalive))
-        return response
 
     def close(self) -> None:
         """Close all of them. Who is used again afterwards starts anew."""

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from h2keep._connections import Connections
-from h2keep._fallback import Body, Fallback, Where
+from h2keep._fallback import Body, Fallback, Where, marked, tcp_keepalive
 from h2keep._transport import (
     AsyncBridge,
     Bridge,
@@ -58,7 +58,7 @@ def pool_for(
     )
     library = importlib.import_module(f"h2keep.{name}").library
     kind = AsyncPool if hasattr(stock, "handle_async_request") else Pool
-    return kind(library, stock, connections, options)
+    return kind(library, stock, connections, options, keepalive)
 
 
 def _only_http2(options: Mapping[str, Any]) -> bool:
@@ -68,7 +68,16 @@ def _only_http2(options: Mapping[str, Any]) -> bool:
 class _StandIn(Requests):
     """What both pools have; and all that `stock` has besides, for programs that look into transports."""
 
-    def __init__(self, library: Library, stock: Any, connections: Connections, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        library: Library,
+        stock: Any,
+        connections: Connections,
+        options: Mapping[str, Any],
+        keepalive: Keepalive,
+    ) -> None:
+        # The transport has seen to it.
+        self._tcp_keepalive = options["uds"] is None and bool(tcp_keepalive(keepalive))
         self._library = library
         self._stock = stock
         self._connections = connections
@@ -115,8 +124,8 @@ class Pool(_StandIn, Bridge):
     """In the place of httpcore's `ConnectionPool`."""
 
     def _leave(self, request: Any, where: Where) -> Any:
-        del where
-        return self._stock.handle_request(request)
+        self._fallback.tell(where)
+        return marked(self._stock.handle_request(request), where, tcp_keepalive=self._tcp_keepalive)
 
     def close(self) -> None:
         """RequestInterface. Idempotent."""
@@ -130,8 +139,8 @@ class AsyncPool(_StandIn, AsyncBridge):
     """In the place of httpcore's `AsyncConnectionPool`."""
 
     async def _leave(self, request: Any, where: Where) -> Any:
-        del where
-        return await self._stock.handle_async_request(request)
+        self._fallback.tell(where)
+        return marked(await self._stock.handle_async_request(request), where, tcp_keepalive=self._tcp_keepalive)
 
     async def aclose(self) -> None:
         """AsyncRequestInterface. Idempotent."""
