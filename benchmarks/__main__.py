@@ -150,9 +150,11 @@ class Session:
             rows = self.results.setdefault(placement, {}).setdefault(case.name, {name: [] for name in candidates})
             # Each round begins with another one, so that nobody always comes first.
             first = number % max(len(candidates), 1)
+            started = time.monotonic()
             for candidate in (*candidates[first:], *candidates[:first]):
                 if case.takes_part(candidate, number):
                     rows[candidate].append(self._measure(f"round {number}", placement, setting, case, candidate))
+            print(f"round {number}, {placement}, {case.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 
     def _measure(
         self, when: str, placement: str, setting: Setting, case: Case, candidate: str
@@ -222,7 +224,7 @@ def _write(file: Path | None, facts: Mapping[str, object], session: Session, *, 
     report = {
         "about": facts,
         "cases": {case.name: case.numbers(quick=quick) for case in session.cases},
-        "results": session.results,
+        "results": _rounded(session.results),
         "figures": {name: records(measured, session.unavailable) for name, measured in session.results.items()},
         "failures": session.failures,
         "unavailable": session.unavailable,
@@ -230,6 +232,15 @@ def _write(file: Path | None, facts: Mapping[str, object], session: Session, *, 
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: more would only make the file large."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _report(options: argparse.Namespace) -> int:

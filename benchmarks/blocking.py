@@ -97,7 +97,7 @@ def _h2keep(engine: str, target: Target) -> Iterator[Client]:
     from h2keep import Client as H2KeepClient
     from h2keep import Limits
 
-    with H2KeepClient(**h2keep_options(target, engine, Limits)) as client:
+    with H2KeepClient(timeout=TIMEOUT, **h2keep_options(target, engine, Limits)) as client:
         yield HttpxLike(client, target.url)
 
 

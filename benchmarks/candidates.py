@@ -36,6 +36,7 @@ class Target:
 
     url: str
     ca: Path
+    #: For those whose limit is one of connections: pyreqwest's is one of requests, and aiohttp's comes to the same.
     max_connections: int | None = None
     #: Seconds after which a connection without traffic is sent a PING, if the client can do that.
     ping: float | None = None
@@ -268,8 +269,6 @@ def _pyreqwest_client(target: Target) -> pyreqwest.client.Client:
     from pyreqwest.client import ClientBuilder
 
     builder = ClientBuilder().http2(True).add_root_certificate_pem(target.ca.read_bytes())
-    if target.max_connections is not None:
-        builder = builder.max_connections(target.max_connections).pool_max_idle_per_host(target.max_connections)
     if target.ping is not None:
         builder = builder.http2_keep_alive_interval(timedelta(seconds=target.ping)).http2_keep_alive_while_idle(True)
     return builder.timeout(timedelta(seconds=TIMEOUT)).build()
@@ -279,7 +278,7 @@ def _pyreqwest_client(target: Target) -> pyreqwest.client.Client:
 async def _h2keep(engine: str, target: Target) -> AsyncIterator[Client]:
     from h2keep import AsyncClient, Limits
 
-    async with AsyncClient(**h2keep_options(target, engine, Limits)) as client:
+    async with AsyncClient(timeout=TIMEOUT, **h2keep_options(target, engine, Limits)) as client:
         yield HttpxLike(client, target.url)
 
 
@@ -361,9 +360,7 @@ async def _hyperhttp(target: Target) -> AsyncIterator[Client]:
 async def _aiohttp(target: Target) -> AsyncIterator[Client]:
     import aiohttp
 
-    limit = {} if target.max_connections is None else {"limit": target.max_connections}
-    options: dict[str, Any] = {"ssl": target.trust(), **limit}
-    connector = aiohttp.TCPConnector(**options)
+    connector = aiohttp.TCPConnector(ssl=target.trust())
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield Aiohttp(session, target.url)

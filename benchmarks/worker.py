@@ -10,6 +10,7 @@ import cProfile
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import anyio
@@ -73,14 +74,25 @@ def main() -> None:
         else:
             anyio.run(measure, backend_options={"use_uvloop": loop == "uvloop"})
 
-    if options.profile is None:
-        run()
-        return
     profile = cProfile.Profile()
     try:
-        profile.runcall(run)
+        if options.profile is None:
+            run()
+        else:
+            profile.runcall(run)
+    except Exception as error:  # noqa: BLE001
+        # The last line is what the tables say; a group's own would be a ruled line.
+        traceback.print_exc()
+        sys.exit(_reason(error))
     finally:
-        profile.dump_stats(options.profile)
+        if options.profile is not None:
+            profile.dump_stats(options.profile)
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 if __name__ == "__main__":

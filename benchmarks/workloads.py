@@ -295,10 +295,16 @@ async def fanin(client: Client, p: Parameters) -> Metrics:
     number, wait = p.count("concurrency"), p["wait"]
     ramp = max(wait, 1.0)
     late: list[float] = []
+    started = 0
+    all_started = anyio.Event()
     random = Random(1)
 
     async def ask(delay: float) -> None:
+        nonlocal started
         await anyio.sleep(delay)
+        started += 1
+        if started == number:
+            all_started.set()
         while True:
             mine = wait * random.uniform(0.75, 1.25)
             start = time.perf_counter()
@@ -309,7 +315,10 @@ async def fanin(client: Client, p: Parameters) -> Metrics:
     async with anyio.create_task_group() as tasks:
         for i in range(number):
             tasks.start_soon(ask, i / number * ramp)
-        await anyio.sleep(ramp + p["warmup"])
+        await anyio.sleep(ramp)
+        # A client that is behind has them all under way only later.
+        await all_started.wait()
+        await anyio.sleep(p["warmup"])
         late.clear()
         with Window(p.stats) as window:
             await anyio.sleep(p["seconds"])

@@ -312,10 +312,12 @@ func fanin() metrics {
 	defer cancel()
 	var lock sync.Mutex
 	var late []float64
+	var started atomic.Int64
 	ask()
 	for i := range many {
 		go func() {
 			time.Sleep(time.Duration(float64(i) / float64(many) * ramp * float64(time.Second)))
+			started.Add(1)
 			for {
 				mine := wait * (0.75 + rand.Float64()/2)
 				start := time.Now()
@@ -328,7 +330,11 @@ func fanin() metrics {
 			}
 		}()
 	}
-	time.Sleep(time.Duration(ramp*float64(time.Second)) + seconds("warmup"))
+	time.Sleep(time.Duration(ramp*float64(time.Second)))
+	for started.Load() < int64(many) {
+		time.Sleep(50 * time.Millisecond)
+	}
+	time.Sleep(seconds("warmup"))
 	lock.Lock()
 	late = nil
 	lock.Unlock()
