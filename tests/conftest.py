@@ -14,6 +14,7 @@ import trustme
 import h2keep.runner.connection
 from h2keep.runner.clock import GapWatch
 from support.clock import REAL_BACKENDS, Backend
+from support.engines import stand_in_for_the_default
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,10 +23,13 @@ pytest_plugins = ["support.coverage_gate", "support.leaks", "support.servers"]
 
 
 def pytest_configure() -> None:
-    """Servers on loopback are reached directly, whatever the machine's own settings."""
+    """Servers on loopback are reached directly; the default engine is that of H2KEEP_TEST_ENGINE, if that is set."""
     for name in list(os.environ):
         if name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
             del os.environ[name]
+    engine = os.environ.get("H2KEEP_TEST_ENGINE")
+    if engine is not None:
+        stand_in_for_the_default(engine, pytest.MonkeyPatch())
 
 
 @pytest.fixture(params=REAL_BACKENDS)

@@ -1,4 +1,4 @@
-"""All tests of the protocol run on each engine."""
+"""All tests of the protocol run on each engine, but for those of modules that say which by `ENGINES`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# Once a module, since Hypothesis runs many examples in one test.
-@pytest.fixture(scope="module", autouse=True, params=ENGINES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """See the module's docstring."""
+    # Once a module and not once a test, since Hypothesis runs many examples in one test.
+    engines = getattr(metafunc.module, "ENGINES", ENGINES)
+    metafunc.parametrize("engine", engines, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """The engine that the test runs on."""
     with pytest.MonkeyPatch.context() as monkeypatch:

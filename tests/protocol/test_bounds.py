@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import h2.events
 import h2.settings
@@ -22,6 +23,7 @@ from h2keep.protocol.flow import (
     GrowthBudget,
     ReceiveWindow,
 )
+from h2keep.protocol.h2_engine import H2Engine
 from support.pair import REQUEST, Pair, parse_frames
 
 OFF = Keepalive(read_idle_timeout=None)
@@ -301,6 +303,13 @@ def test_a_promise_on_a_reset_stream_ends_the_connection() -> None:
     assert pair.client.closed
 
 
+def narrow_the_connections_window(engine: Any, size: int) -> None:
+    if isinstance(engine, H2Engine):
+        engine._h2._inbound_flow_control_window_manager.current_window_size = size
+    else:
+        engine._receive_window = size
+
+
 def test_more_data_than_the_windows_allow_ends_the_connection() -> None:
     for repeat, stream_window in ((9, True), (5_000, False)):
         pair = Pair(OFF)
@@ -308,7 +317,7 @@ def test_more_data_than_the_windows_allow_ends_the_connection() -> None:
         if not stream_window:
             pair.client.release(stream_id, pair.now)
             pair.pump()
-            pair.client._engine._h2._inbound_flow_control_window_manager.current_window_size = 100_000  # type: ignore[attr-defined]
+            narrow_the_connections_window(pair.client._engine, 100_000)
         pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"x" * 16_384) * repeat)
         pair.run(0.1)
         assert goaway_codes(pair) == [3]
@@ -497,7 +506,9 @@ def test_settings_that_nobody_knows_are_not_kept() -> None:
     pair.server_send_raw(b"\0\0\x0c\4\0\0\0\0\0" + b"\0\3\0\0\0\7" + b"\4\3\0\0\0\1")
     pair.run(0.1)
     assert pair.client.max_streams == 7
-    assert len(pair.client._engine._h2.remote_settings) < 10  # type: ignore[attr-defined]
+    engine: Any = pair.client._engine
+    codec = engine._h2 if isinstance(engine, H2Engine) else engine._session
+    assert len(codec.remote_settings) < 10
 
 
 def test_a_body_before_the_head_resets_the_stream() -> None:

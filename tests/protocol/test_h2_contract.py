@@ -16,6 +16,7 @@ from hyperframe import frame as frames
 
 from h2keep.protocol.hpack_memory import Decoder, Encoder
 
+ENGINES = ["h2"]
 State = h2.connection.ConnectionState
 REQUEST = [(b":method", b"GET"), (b":authority", b"a"), (b":scheme", b"https"), (b":path", b"/")]
 

@@ -19,11 +19,10 @@ from hyperframe import frame as frames
 
 from h2keep.keepalive import Keepalive
 from h2keep.protocol import Connection, events
+from h2keep.protocol.flow import PROCESS_GROWTH, GrowthBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from h2keep.protocol.flow import GrowthBudget
 
 REQUEST = [(b":method", b"GET"), (b":authority", b"example.com"), (b":scheme", b"https"), (b":path", b"/")]
 #: Steps after which a schedule is taken to go round in circles.
@@ -54,7 +53,7 @@ class Pair:
             random.Random(seed),
             self.now,
             name="https://example.com",
-            **({} if growth is None else {"growth": growth}),
+            growth=GrowthBudget(PROCESS_GROWTH) if growth is None else growth,
         )
         self.server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
         if settings:

@@ -214,6 +214,8 @@ class Ngh2Engine:
 
     def _receive_data(self, flags: int, stream_id: int, stream: _Stream, frame: memoryview) -> None:
         length = len(frame) - 9
+        if flags & _PADDED and (not length or frame[9] >= length):
+            self._fail(ErrorCode.PROTOCOL_ERROR, "more padding than there is frame")
         self._charge(length)
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"DATA on stream {stream_id} after its end")
@@ -472,7 +474,7 @@ class Ngh2Engine:
         for unused in range(self._next_id, stream_id, 2):
             session.send_request(_PLACEHOLDER, end_stream=True)
             session.reset_stream(unused)
-        session.data_to_send()
+            session.data_to_send()
         session.events()
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:

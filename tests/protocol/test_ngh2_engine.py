@@ -1,0 +1,167 @@
+"""The engine on ngh2: what is its own, beside what all engines have to do, and who gets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import hpack
+import pytest
+from hyperframe import frame as frames
+
+import h2keep
+import h2keep.httpx
+import h2keep.httpx2
+from h2keep.keepalive import Keepalive
+from h2keep.protocol import events
+from h2keep.protocol.engines import engine_named
+from h2keep.protocol.h2_engine import H2Engine
+from h2keep.protocol.ngh2_engine import Ngh2Engine
+from support.pair import REQUEST, Pair, parse_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENGINES = ["ngh2"]
+OFF = Keepalive(read_idle_timeout=None)
+FRONT_DOORS: list[Callable[..., Any]] = [
+    h2keep.AsyncClient,
+    h2keep.Client,
+    h2keep.httpx.AsyncKeepaliveTransport,
+    h2keep.httpx.KeepaliveTransport,
+    h2keep.httpx2.AsyncKeepaliveTransport,
+    h2keep.httpx2.KeepaliveTransport,
+]
+FRONT_DOOR_NAMES = [f"{front_door.__module__}.{front_door.__name__}" for front_door in FRONT_DOORS]
+
+
+def parsed(data: bytes) -> list[Any]:
+    return parse_frames(data)
+
+
+class Silent:
+    """A handler that only counts."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
+        self.received += len(data)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+def test_each_name_is_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert engine_named("ngh2") is Ngh2Engine
+    with pytest.raises(ValueError, match=r"^engine: 'h3' is not one of: 'h2', 'ngh2'$"):
+        engine_named("h3")
+
+
+def test_nobody_gets_it_unasked() -> None:
+    code = """if True:
+        import sys, h2keep, h2keep.httpx2
+        from h2keep.protocol.engines import engine_named
+        clients = h2keep.AsyncClient(), h2keep.Client(), h2keep.httpx2.KeepaliveTransport()
+        assert engine_named("h2").__name__ == "H2Engine"
+        assert "ngh2" not in sys.modules
+        with h2keep.Client(engine="ngh2"):
+            assert "ngh2" in sys.modules
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("front_door", FRONT_DOORS, ids=FRONT_DOOR_NAMES)
+def test_without_the_package_the_front_doors_say_what_to_install(
+    front_door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "h2keep.protocol.ngh2_engine")
+    monkeypatch.setitem(sys.modules, "ngh2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'h2keep\[fast\]'") as info:
+        front_door(engine="ngh2")
+    assert info.value.name == "ngh2"
+
+
+@pytest.mark.parametrize("front_door", FRONT_DOORS, ids=FRONT_DOOR_NAMES)
+def test_a_version_that_nobody_tried_is_refused_at_the_front_doors(
+    front_door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "h2keep.protocol.ngh2_engine")
+    monkeypatch.setattr("ngh2.__version__", "0.9.0")
+    with pytest.raises(ImportError, match=r"not with 0\.9\.0: pip install 'h2keep\[fast\]'"):
+        front_door(engine="ngh2")
+
+
+def test_its_greeting_is_that_of_h2() -> None:
+    windows = {"initial_window": 131_072, "connection_window": 2**26}
+    ours = parsed(Ngh2Engine(Silent(), **windows).drain())
+    theirs = parsed(H2Engine(Silent(), **windows).drain())
+    assert [type(frame) for frame in ours] == [frames.SettingsFrame, frames.WindowUpdateFrame]
+    assert ours[0].settings == theirs[0].settings
+    assert ours[1].window_increment == theirs[1].window_increment
+
+
+def test_requests_that_were_never_sent_leave_gaps_and_nothing_else() -> None:
+    pair = Pair(OFF)
+    pair.run(0.1)
+    pair.blocked = True
+    dropped = [pair.request() for _ in range(50)]
+    kept = pair.request()
+    for stream_id in dropped:
+        pair.client.release(stream_id, pair.now)
+    pair.blocked = False
+    pair.run(0.1)
+    later = pair.request()
+    pair.run(0.1)
+    assert (kept, later) == (101, 103)
+    for stream_id in (later, kept):
+        pair.respond(stream_id, b"body")
+    pair.run(0.1)
+    assert [pair.client.read(stream_id, pair.now) for stream_id in (kept, later)] == [b"body", b"body"]
+    assert len(pair.happened(events.StreamEnded)) == 2
+
+
+def test_proxy_authorization_is_never_indexed() -> None:
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    engine.drain()
+    fields = [*REQUEST, (b"proxy-authorization", b"Basic c2VjcmV0"), (b"a", b"b")]
+    decoder = hpack.Decoder()
+    for stream_id in (1, 3):
+        (frame,) = parsed(engine.send_request(stream_id, fields, end_stream=stream_id == 1))
+        decoded = list(decoder.decode(frame.data, raw=True))
+        assert decoded == fields
+        assert isinstance(decoded[-2], hpack.NeverIndexedHeaderTuple)
+    (frame,) = parsed(engine.send_trailers(3, fields[-2:]))
+    assert isinstance(next(iter(decoder.decode(frame.data, raw=True))), hpack.NeverIndexedHeaderTuple)
+
+
+def test_gigabytes_on_one_stream_and_one_connection_need_no_credit_but_ours() -> None:
+    """nghttp2 would give some of its own when half of what 31 bits can count has come."""
+    handler = Silent()
+    engine = Ngh2Engine(handler, initial_window=2**20, connection_window=2**20)
+    head = hpack.Encoder().encode([(b":status", b"200")])
+    engine.receive(b"\0\0\0\4\0\0\0\0\0")
+    engine.send_request(1, REQUEST, end_stream=True)
+    engine.receive(frames.HeadersFrame(1, data=head, flags=["END_HEADERS"]).serialize())
+    engine.drain()
+    data = frames.DataFrame(1, data=b"x" * 16_384).serialize() * 64
+    for _ in range(2_200):
+        engine.receive(data)
+        engine.send_window_update(0, 2**20)
+        engine.send_window_update(1, 2**20)
+        assert [frame.window_increment for frame in parsed(engine.drain())] == [2**20] * 2
+    assert handler.received == 2_200 * 2**20
+    (frame,) = parsed(engine.send_request(3, REQUEST, end_stream=True))
+    assert isinstance(frame, frames.HeadersFrame)
+
+
+def test_streams_that_were_reset_are_remembered_up_to_a_bound() -> None:
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    for stream_id in range(1, 2 * 70_000, 2):
+        engine.send_request(stream_id, REQUEST, end_stream=True)
+        engine.forget(stream_id)
+    assert len(engine._reset) == 65_536
+    assert next(iter(engine._reset)) == 2 * (70_000 - 65_536) + 1
+    assert not engine._streams
