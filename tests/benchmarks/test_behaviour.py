@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pytest
 from benchmarks.behaviour.__main__ import PAGE, RESULTS
-from benchmarks.behaviour.cell import PING_TIMEOUT, READ_IDLE_TIMEOUT, Cell
+from benchmarks.behaviour.cell import PING_TIMEOUT, READ_IDLE_TIMEOUT, ROOT, Cell
 from benchmarks.behaviour.faults import FAULTS
 from benchmarks.behaviour.judge import Attempt, Judgement, Record, detects, judge, worse
-from benchmarks.behaviour.report import Matrix, outcome, render
+from benchmarks.behaviour.network import ENTER, permitted
+from benchmarks.behaviour.report import Matrix, Results, outcome, render
 from benchmarks.server import Kit
 
 if TYPE_CHECKING:
@@ -126,9 +129,14 @@ class TestPage:
         assert Record.from_json(json.loads(json.dumps(asdict(one)))) == one
 
     def test_it_is_what_was_found(self) -> None:
-        data = json.loads(RESULTS.read_text())
-        records = [Record.from_json(each) for each in data["records"]]
-        assert PAGE.read_text() == render(data["about"], records, data["failures"])
+        assert PAGE.read_text() == render(Results.from_json(json.loads(RESULTS.read_text())))
+
+    def test_it_says_what_is_missing(self) -> None:
+        about = {"when": "today", "commit": None, "modified": True, "system": "any", "cores": 2, "python": "3"}
+        page = render(Results({**about, "versions": {}}, [record(failed(2.0))], None, ["goaway, go: no server"]))
+        assert "permits no network namespaces" in page
+        assert "Not measured: goaway, go: no server." in page
+        assert "Every silent fault is detected in time: **holds in all 1 cells.**" in page
 
     @pytest.mark.parametrize(
         ("judged", "words"),
@@ -169,3 +177,18 @@ class TestCells:
     def test_a_reset_is_an_error_at_once(self, kit: Kit) -> None:
         judged = judge(asyncio.run(Cell(FAULT["reset"], "httpx2", kit).run()))
         assert (judged.outcome, judged.lost, judged.twice, judged.pings, judged.next) == ("error", 3, 0, 0, "ok")
+
+    def test_where_packets_can_really_be_lost_they_are(self, tmp_path: Path) -> None:
+        found = tmp_path / "network.json"
+        cell = ["--faults", "loss-up", "--clients", "h2keep"]
+        command = [*ENTER, sys.executable, "-m", "benchmarks.behaviour", "--network", str(found), *cell]
+        if not permitted():
+            with pytest.raises((OSError, subprocess.CalledProcessError)):
+                subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+            return
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        (only,) = json.loads(found.read_text())["records"]
+        judged = judge(Record.from_json(only))
+        assert (judged.outcome, judged.errors, judged.lost, judged.next) == ("error", ("PingTimeout",), 3, "ok")
+        assert judged.first_error is not None
+        assert judged.first_error > PING_TIMEOUT
