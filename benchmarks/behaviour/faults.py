@@ -159,6 +159,16 @@ async def goaway(cell: Cell) -> None:
 
 async def calm(cell: Cell) -> None:
     await cell.order_server("want calm")
+    await _slow_requests(cell)
+
+
+async def calm_and_close(cell: Cell) -> None:
+    await cell.order_server("want calm and close")
+    await _slow_requests(cell)
+
+
+async def _slow_requests(cell: Cell) -> None:
+    """Some at once, then one more."""
     await cell.several(wait=3.8)
     cell.happens()
     await cell.settled()
@@ -345,6 +355,13 @@ FAULTS = (
         "flight, and closes. A slow request follows on the next connection.",
         calm,
         survivable=True,
+    ),
+    Fault(
+        "calm-and-close",
+        "ENHANCE_YOUR_CALM and the end",
+        "The same, but the server closes at once, as gRPC's do. Who never PINGs is never punished; who learns is "
+        "punished once.",
+        calm_and_close,
     ),
     Fault(
         "blocked",

@@ -50,8 +50,9 @@ class Server:
         self.context = context
         self.window = window
         self.connections: set[Connection] = set()
-        #: Says GOAWAY to those who PING too often.
+        #: Says GOAWAY to those who PING too often; and closes on them, whatever is in flight.
         self.wants_calm = False
+        self.closes = False
         #: Takes note of what comes, and answers nothing.
         self.audits = False
 
@@ -68,6 +69,8 @@ class Server:
                     connection.mute = True
             case "want calm":
                 self.wants_calm = True
+            case "want calm and close":
+                self.wants_calm = self.closes = True
             case "audit":
                 self.audits = True
                 for connection in self.connections:
@@ -199,6 +202,8 @@ class Connection(asyncio.Protocol):
             if self._strikes == CALM_STRIKES and self._last_stream is None:
                 tell("punished", port=self.port)
                 self._go_away(max(self._queries), ENHANCE_YOUR_CALM, b"too_many_pings")
+                if self._server.closes:
+                    self.transport.close()
 
     def go_away_in_the_middle(self) -> None:
         """Half of the streams in flight are answered, the other half was never looked at."""
