@@ -9,7 +9,8 @@ demo: $(STAMP)
 	$(BIN)/python -m h2keep demo
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --max-worker-restart 2 \
+		--cov --cov-report=term-missing:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -26,7 +27,7 @@ bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks run --quick --json benchmarks/results/quick.json
 	$(BIN)/python -m benchmarks report benchmarks/results/quick.json --output benchmarks/results/quick.md
 
-# About 5 minutes: every client under every fault, then docs/behaviour.md.
+# About 6 minutes: every client under every fault, then docs/behaviour.md.
 bench-behaviour: $(STAMP)
 	$(BIN)/python -m benchmarks.behaviour
 
