@@ -14,7 +14,7 @@ import trustme
 import h2keep.runner.connection
 from h2keep.runner.clock import GapWatch
 from support.clock import REAL_BACKENDS, Backend
-from support.engines import stand_in_for_the_default
+from support.engines import ENGINES, stand_in_for_the_default
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,12 @@ def anyio_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         still = functools.partial(GapWatch, suspended=anyio.current_time, wall=anyio.current_time)
         monkeypatch.setattr(h2keep.runner.connection, "GapWatch", still)
     return backend.fresh()
+
+
+@pytest.fixture(params=ENGINES)
+def every_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs on each engine in turn."""
+    stand_in_for_the_default(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="session")

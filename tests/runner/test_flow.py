@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Callable
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("leak_check")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("every_engine", "leak_check")]
 
 MIB = 1024 * 1024
 SETTINGS = frames.SettingsFrame

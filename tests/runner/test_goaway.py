@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator
 
-pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
+pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("every_engine", "leak_check")]
 
 NO_ERROR, INTERNAL_ERROR, ENHANCE_YOUR_CALM = 0, 2, 11
 MAX_STREAM_ID = 2**31 - 1

@@ -21,7 +21,7 @@ from support.raw import Peer, RawRequest, RawServer, answering, task_group
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
+pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("every_engine", "leak_check")]
 
 INITIAL_WINDOW = 65_535
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM = 0, 1, 2, 7, 8, 11
