@@ -130,7 +130,7 @@ class Fallback:
         if not self._http2 or where.scheme in _HTTP1_SCHEMES or (http1_origins and self._key(where) in http1_origins):
             return False
         # Upgrade is HTTP/1.1's (RFC 9113, section 8.6): who sends it wants a WebSocket.
-        return not any(len(name) == 7 and name.lower() == b"upgrade" for name, _ in fields)
+        return b"upgrade" not in [name.lower() for name, _ in fields]
 
     def takes_over(self, where: Where, error: H2KeepError, body: bytes | Body) -> bool:
         """Whether a request that met this error is to go the library's way; those after it will in any case."""

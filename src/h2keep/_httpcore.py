@@ -101,18 +101,17 @@ class _StandIn(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers
         return fields
 
-    def _parts(self, request: Any, body: bytes | Body) -> Parts:
-        url, extensions = request.url, request.extensions
-        origin = origin_of(url.scheme.decode("ascii"), url.host, url.port, extensions.get("sni_hostname"))
-        authority, fields = split_host(request.headers)
+    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
+        url = request.url
+        authority, forwarded = split_host(fields)
         return (
             request.method,
-            origin,
+            origin_of(*where),
             authority or _authority(url),
             url.target,
-            fields,
+            forwarded,
             body,
-            timeout_of(extensions.get("timeout")),
+            timeout_of(request.extensions.get("timeout")),
         )
 
     def _response(self, stream: AnyStream, body: Any) -> Any:

@@ -58,9 +58,14 @@ _UNDERSTOOD = frozenset(range(10)) - {2}
 
 _KNOWN_SETTINGS = frozenset(h2.settings.SettingCodes)
 _NOT_MODIFIED = 304
+_HEAD = b"HEAD"
 
 _Inputs = h2.stream.StreamInputs
 _SEND_HEADERS, _SEND_DATA, _SEND_END = _Inputs.SEND_HEADERS, _Inputs.SEND_DATA, _Inputs.SEND_END_STREAM
+_RECV_HEADERS, _RECV_END = _Inputs.RECV_HEADERS, _Inputs.RECV_END_STREAM
+_OPEN, _CLOSED = h2.stream.StreamState.OPEN, h2.stream.StreamState.CLOSED
+#: The states in which a response comes.
+_RECEIVING = (_OPEN, h2.stream.StreamState.HALF_CLOSED_LOCAL)
 
 
 class H2Engine:
@@ -160,8 +165,17 @@ class H2Engine:
             body = cast("frames.DataFrame", self._parse(_DATA, flags, stream_id, body)).data
         end_stream = bool(flags & _END_STREAM)
         self._charge(length)
+        stream = self._streams[stream_id]
+        machine = stream.state_machine
         try:
-            self._streams[stream_id].receive_data(body, end_stream, length)
+            if machine.headers_received and machine.state in _RECEIVING:
+                # What h2 does then, but for the event, which nobody reads.
+                stream._inbound_window_manager.window_consumed(length)  # noqa: SLF001
+                stream._track_content_length(len(body), end_stream)  # noqa: SLF001
+                if end_stream:
+                    machine.process_input(_RECV_END)
+            else:
+                stream.receive_data(body, end_stream, length)
         except (h2.exceptions.FlowControlError, h2.exceptions.StreamClosedError) as error:
             self._fail(int(error.error_code), _reason(error), error)
         except h2.exceptions.ProtocolError as error:
@@ -217,6 +231,13 @@ class H2Engine:
         decoded = self._decode(block)
         end_stream = self._block_ends
         stream = self._streams[stream_id]
+        machine = stream.state_machine
+        if decoded.response and not (end_stream or machine.headers_received) and machine.state in _RECEIVING:
+            machine.process_input(_RECV_HEADERS)
+            status, length = decoded.response
+            stream._expected_content_length = 0 if stream.request_method == _HEAD else length  # noqa: SLF001
+            self._handler.on_response(stream_id, status, decoded.fields[1:], False)
+            return
         declared = stream._expected_content_length  # noqa: SLF001
         try:
             event = stream.receive_headers(decoded.fields, end_stream, None)[1][0]
@@ -239,6 +260,8 @@ class H2Engine:
             if status == _NOT_MODIFIED:
                 # Its Content-Length is that of a body that doesn't come (RFC 9113, section 8.1.1).
                 stream._expected_content_length = 0  # noqa: SLF001
+            if stream.request_method != _HEAD:
+                decoded.response = status, stream._expected_content_length  # noqa: SLF001
             self._handler.on_response(stream_id, status, fields, end_stream)
         else:
             self._handler.on_informational(stream_id, status, fields)
@@ -361,7 +384,7 @@ class H2Engine:
     def _tidy(self, stream_id: int) -> None:
         """Drop a stream that is closed in both directions, as h2 would when it next walks them all."""
         stream = self._streams.get(stream_id)
-        if stream is not None and stream.closed:
+        if stream is not None and stream.state_machine.state is _CLOSED:
             del self._streams[stream_id]
             self._h2._closed_streams[stream_id] = stream.closed_by  # noqa: SLF001
 
@@ -412,7 +435,8 @@ class H2Engine:
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:
         stream = self._streams[stream_id]
         length = len(data)
-        stream.state_machine.process_input(_SEND_DATA)
+        if stream.state_machine.state is not _OPEN:
+            stream.state_machine.process_input(_SEND_DATA)
         stream.outbound_flow_control_window -= length
         self._h2.outbound_flow_control_window -= length
         if end_stream:

@@ -24,6 +24,8 @@ CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connectio
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _LOWER_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+#: A value as it goes on the wire: without CR, LF, NUL, and without white space around it.
+_CLEAN_VALUE = re.compile(rb"(?![ \t])[^\0\r\n]*(?<![ \t])")
 _FORBIDDEN_IN_VALUE = re.compile(rb"[\0\r\n]")
 _TARGET = re.compile(rb"/[\x21-\x7e\x80-\xff]*|\*")
 _AUTHORITY = re.compile(rb"[^\x00-\x20\x7f@/?#]+")
@@ -59,11 +61,11 @@ def check_fields(fields: Iterable[tuple[bytes, bytes]], *, into: Headers) -> int
     content_length = None
     for name, value in fields:
         _check_name(name)
-        if _FORBIDDEN_IN_VALUE.search(value):
-            raise LocalProtocolError(
-                f"header {name.decode('ascii')!r}: the value {value!r} holds CR, LF or NUL", unprocessed=True
-            )
-        if value[:1] in b" \t" or value[-1:] in b" \t":
+        if not _CLEAN_VALUE.fullmatch(value):
+            if _FORBIDDEN_IN_VALUE.search(value):
+                raise LocalProtocolError(
+                    f"header {name.decode('ascii')!r}: the value {value!r} holds CR, LF or NUL", unprocessed=True
+                )
             value = value.strip(b" \t")
         if name == b"content-length":
             content_length = _content_length(value, content_length)

@@ -100,10 +100,12 @@ class Encoder(hpack.Encoder):
 class DecodedBlock:
     """A header block's fields, and what was found out about them since."""
 
-    __slots__ = ("fields", "valid_as")
+    __slots__ = ("fields", "response", "valid_as")
 
     def __init__(self, fields: Any) -> None:
         self.fields = fields
+        #: Once they were found to be a final response's: its status, and the length of the body that it declares.
+        self.response: tuple[int, int | None] | None = None
         #: The kinds of block (response, trailers) as which these fields were found valid.
         self.valid_as: set[Any] = set()
 

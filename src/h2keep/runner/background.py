@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import selectors
-import sys
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -151,8 +149,8 @@ class BackgroundLoop:
         self._asyncio = asyncio.SelectorEventLoop(self._selector)
         # Debug mode reports every callback under which other threads held the interpreter's lock for long.
         self._asyncio.set_debug(False)
-        self._loop = eventloop.wrap(self._asyncio)
-        self._context = _empty_context()
+        self._loop = eventloop.AsyncioLoop(self._asyncio)
+        self._context = self._loop.callback_context
         self._jobs: deque[Callable[[], object]] = deque()
         self._scheduled = False
         self._rung: deque[Callable[[], object]] = deque()
@@ -316,15 +314,6 @@ class BackgroundLoop:
         self._selector.close()
         for end in (self._asyncio._ssock, self._asyncio._csock):  # type: ignore[attr-defined]  # noqa: SLF001
             end.close()
-
-
-def _empty_context() -> contextvars.Context:
-    """A context for callbacks, in which anyio knows that this is asyncio (within tasks it finds out by itself)."""
-    context = contextvars.Context()
-    sniffio = sys.modules.get("sniffio")
-    if sniffio is not None:
-        context.run(sniffio.current_async_library_cvar.set, "asyncio")
-    return context
 
 
 def before_fork() -> None:

@@ -241,7 +241,10 @@ class Http2Connection:
                 # Somebody waits for it, who is told by whoever moves it.
                 self.release(stream)
             raise
-        self._settle()
+        # All that `_settle` would find to do: opening a request makes no events.
+        self._open_before = self.protocol.open_streams
+        self.driver.wake_writer()
+        self._check_timer()
         self._slots_known = self.protocol.free_slots
         return stream
 
@@ -330,8 +333,10 @@ class Http2Connection:
         if self._reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
+        reset = self.protocol.is_open(stream.id)
         self.protocol.release(stream.id, self.loop.time())
-        self._settle()
+        if reset:
+            self._settle()
         if not self._streams:
             self.idle_since = self.loop.time()
         elif self.protocol.free_slots == self._slots_known:

@@ -1,22 +1,26 @@
-"""Moves one connection's bytes on any event loop that anyio knows.
+"""Moves one connection's bytes on any event loop.
 
-Three tasks a connection, however many requests: the *reader* is always in its receive, never writes and never runs
-under a deadline; the *writer* alone sends; the *timer* does no I/O. None of them raises: whatever ends one ends the
-connection, and the connection's end ends all three. Stopping awaits nothing, so it works from a finally block, from a
-loop that is shutting down, and on a dead peer.
+`start_driver` picks the driver. `AnyioDriver` runs on whatever anyio knows: a task that reads, one that writes and one
+that keeps time. `CallbackDriver` does the same by asyncio's own callbacks, which cost less, with a single task that
+does nothing but notice the loop's end. Either way the reader never writes and is never kept waiting, the writer alone
+sends, and whatever ends one ends the connection. Nothing here raises. Stopping awaits nothing, so it works from a
+finally block, from a loop that is shutting down, and on a dead peer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import socket
 import struct
 import sys
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.lowlevel import checkpoint
 
+from h2keep.runner.eventloop import AsyncioLoop
 from h2keep.runner.pacing import WritePacer
 
 if sys.platform == "linux":
@@ -24,96 +28,82 @@ if sys.platform == "linux":
     import termios
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Coroutine
 
     from h2keep.runner.connection import Http2Connection
 
-__all__ = ["AnyioDriver"]
+__all__ = ["start_driver"]
 
 #: What one read may bring, in bytes: less while it takes long to digest, as a flood of tiny frames does, else more.
 _FIRST_READ = 64 * 1024
 _LEAST_READ = 4 * 1024
 _MOST_READ = 256 * 1024
-#: What one wake of the reader or the writer may take before others run (K23): bytes, and seconds.
+#: What the reader or the writer may take before others run (K23): bytes, and seconds.
 _TURN = 1024 * 1024
 _TURN_SECONDS = 0.005
 _NOTSENT_LOWAT: int | None = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 
-class AnyioDriver:
-    """Runs a connection's three tasks; see `h2keep.runner.connection.Driver`."""
+def start_driver(connection: Http2Connection) -> None:
+    """Give the connection the driver that suits its event loop. Raises `ConnectError` if that is shutting down."""
+    loop = connection.loop
+    driver: SocketDriver
+    # asyncio's usual loop on Windows can't watch sockets; what anyio does about that is its own affair.
+    if isinstance(loop, AsyncioLoop) and sys.platform != "win32":
+        driver = CallbackDriver(connection, loop)
+    else:
+        driver = AnyioDriver(connection)
+    connection.driver = driver
+    driver.start()
+
+
+class _Sent(enum.Enum):
+    """How the writer's turn ended."""
+
+    ALL = enum.auto()
+    #: The socket takes no more for now.
+    BLOCKED = enum.auto()
+    #: Others are to run first.
+    TURN_OVER = enum.auto()
+
+
+class SocketDriver(ABC):
+    """What both drivers have in common: a `h2keep.runner.connection.Driver`. Subclasses say who runs when."""
 
     def __init__(self, connection: Http2Connection) -> None:
         self._connection = connection
         self._loop = connection.loop
         self._socket = connection.transport.socket
-        self._writer = self._loop.parker()
-        self._timer = self._loop.parker()
         self._pacer = WritePacer()
         self._stopped = False
         self._running = 0
         self._gone = anyio.Event()
+        self._read_size = _FIRST_READ
         self._unsent = b""
         self._written = 0
         self._upload_mark = 0
         self._acknowledged = 0
-        connection.driver = self
 
+    @abstractmethod
     def start(self) -> None:
-        """Start the tasks. Raises `ConnectError` if the loop is shutting down."""
-        self._bound_kernel_buffer()
-        for run in (self._read, self._write, self._keep_time):
-            self._loop.spawn(self._guarded(run), ended=self._task_ended)
-            self._running += 1
+        """Begin. Raises `ConnectError` if the loop is shutting down."""
 
-    async def wait_stopped(self) -> None:
-        """Wait until the socket is closed and every task is gone."""
-        if self._running:
-            await self._gone.wait()
-
-    # Driver
-
+    @abstractmethod
     def wake_writer(self) -> None:
         """Driver."""
-        self._writer.unpark()
 
+    @abstractmethod
     def wake_timer(self) -> None:
         """Driver."""
-        self._timer.unpark()
 
-    def stop(self, *, abort: bool) -> None:
-        """Driver. Everything here is synchronous; what a last non-blocking send doesn't take is lost."""
-        if self._stopped:
-            return
-        self._stopped = True
-        sock = self._socket
-        # OSError: the peer is gone already, so there is nobody to say goodbye to.
-        with contextlib.suppress(OSError):
-            if abort:
-                # RST in the place of FIN: nothing lingers for a peer that is gone.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            else:
-                self._farewell()
-        # RuntimeError: no event loop runs here any more; then no task waits on this socket either.
-        with contextlib.suppress(RuntimeError):
-            anyio.notify_closing(sock)
-        sock.close()
-        self._writer.unpark()
-        self._timer.unpark()
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Watch the socket no more, and keep no time."""
 
-    def reap(self) -> None:
-        """Driver."""
-        self._stopped = True
-        self._socket.close()
-
-    def _farewell(self) -> None:
-        """GOAWAY and close_notify, as far as the kernel takes them."""
-        connection = self._connection
-        data = self._unsent + connection.next_write(_TURN) + connection.transport.security.close()
-        if data:
-            self._socket.send(data)
-
-    # Tasks
+    def _spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._loop.spawn(self._guarded(run), ended=self._task_ended)
+        self._running += 1
 
     def _guarded(self, run: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Coroutine[Any, Any, None]]:
         async def guarded() -> None:
@@ -132,7 +122,7 @@ class AnyioDriver:
                     self._connection.loop_ended()
                 raise
             finally:
-                # Without the three of us the connection is nothing.
+                # Without its tasks the connection is nothing.
                 if not self._stopped:
                     self._connection.ended(cause)
 
@@ -146,41 +136,76 @@ class AnyioDriver:
         if not self._running:
             self._gone.set()
 
-    async def _read(self) -> None:
-        sock, connection, time = self._socket, self._connection, self._loop.time
-        size, turn, turn_began = _FIRST_READ, 0, time()
-        # What came together with the end of the TLS handshake is no longer in the socket.
-        connection.bytes_came(b"")
-        while not self._stopped:
-            try:
-                data = sock.recv(size)
-            except BlockingIOError:
-                data = None
-            if data == b"":
-                connection.ended()
-                return
-            more = data is not None and len(data) == size
-            if data is not None:
-                began = time()
-                connection.bytes_came(data)
-                turn += len(data)
-                took = time() - began
-                if took > _TURN_SECONDS:
-                    size = max(size // 2, _LEAST_READ)
-                elif more and took < _TURN_SECONDS / 4:
-                    size = min(size * 2, _MOST_READ)
-            if not more:
-                if self._stopped:
-                    return
-                await anyio.wait_readable(sock)
-                turn, turn_began = 0, time()
-            elif turn >= _TURN or time() - turn_began >= _TURN_SECONDS:
-                await checkpoint()
-                turn, turn_began = 0, time()
+    # Driver
 
-    async def _write(self) -> None:
-        sock, connection, time = self._socket, self._connection, self._loop.time
-        turn, turn_began = 0, time()
+    async def wait_stopped(self) -> None:
+        """Driver."""
+        if self._running:
+            await self._gone.wait()
+
+    def stop(self, *, abort: bool) -> None:
+        """Driver. Everything here is synchronous; what a last non-blocking send doesn't take is lost."""
+        if self._stopped:
+            return
+        self._stopped = True
+        sock = self._socket
+        # OSError: the peer is gone already, so there is nobody to say goodbye to.
+        with contextlib.suppress(OSError):
+            if abort:
+                # RST in the place of FIN: nothing lingers for a peer that is gone.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                self._farewell()
+        # RuntimeError: no event loop runs here any more; then nobody waits on this socket either.
+        with contextlib.suppress(RuntimeError):
+            self._let_go()
+        sock.close()
+
+    def reap(self) -> None:
+        """Driver."""
+        self._stopped = True
+        self._socket.close()
+
+    def _farewell(self) -> None:
+        """GOAWAY and close_notify, as far as the kernel takes them."""
+        connection = self._connection
+        data = self._unsent + connection.next_write(_TURN) + connection.transport.security.close()
+        if data:
+            self._socket.send(data)
+
+    # Turns
+
+    def _receive(self) -> bool:
+        """Read what there is, for a turn at most; whether it ended before the socket was empty."""
+        connection, time = self._connection, self._loop.time
+        turn, began = 0, time()
+        while not self._stopped:
+            size = self._read_size
+            try:
+                data = self._socket.recv(size)
+            except BlockingIOError:
+                return False
+            if not data:
+                connection.ended()
+                return False
+            received = time()
+            connection.bytes_came(data)
+            now = time()
+            if now - received > _TURN_SECONDS:
+                self._read_size = max(size // 2, _LEAST_READ)
+            elif len(data) == size and now - received < _TURN_SECONDS / 4:
+                self._read_size = min(size * 2, _MOST_READ)
+            if len(data) < size:
+                return False
+            turn += len(data)
+            if turn >= _TURN or now - began >= _TURN_SECONDS:
+                return True
+        return False
+
+    def _send(self) -> _Sent:
+        """Write what there is, for a turn at most."""
+        connection, time = self._connection, self._loop.time
+        turn, began = 0, time()
         while not self._stopped:
             if not self._unsent:
                 body_before = connection.protocol.body_bytes_sent
@@ -189,24 +214,82 @@ class AnyioDriver:
                     self._upload_mark = self._written + len(self._unsent)
             if not self._unsent:
                 self._pacer.note_idle()
-                await self._writer.park()
-                turn, turn_began = 0, time()
-                continue
+                return _Sent.ALL
             try:
-                sent = sock.send(self._unsent)
+                sent = self._socket.send(self._unsent)
             except BlockingIOError:
-                await anyio.wait_writable(sock)
-                turn, turn_began = 0, time()
-                continue
+                return _Sent.BLOCKED
             self._unsent = self._unsent[sent:]
             self._written += sent
             now = time()
             if self._pacer.note_written(sent, now):
                 self._bound_kernel_buffer()
             turn += sent
-            if turn >= _TURN or now - turn_began >= _TURN_SECONDS:
+            if turn >= _TURN or now - began >= _TURN_SECONDS:
+                return _Sent.TURN_OVER
+        return _Sent.ALL
+
+    # The socket's own figures
+
+    def _upload_progressed(self) -> bool:
+        """Whether the peer's TCP acknowledged more of an upload since the last look (K4)."""
+        unacknowledged = _unacknowledged(self._socket)
+        if unacknowledged is None:
+            return False
+        uploading = self._acknowledged < self._upload_mark
+        before, self._acknowledged = self._acknowledged, self._written - unacknowledged
+        return uploading and self._acknowledged > before
+
+    def _bound_kernel_buffer(self) -> None:
+        if _NOTSENT_LOWAT is not None and self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, self._pacer.budget)
+
+
+class AnyioDriver(SocketDriver):
+    """Three tasks: the reader is always in its receive, the writer alone sends, the timer does no I/O."""
+
+    def __init__(self, connection: Http2Connection) -> None:
+        super().__init__(connection)
+        self._writer = self._loop.parker()
+        self._timer = self._loop.parker()
+
+    def start(self) -> None:
+        """SocketDriver."""
+        self._bound_kernel_buffer()
+        for run in (self._read, self._write, self._keep_time):
+            self._spawn(run)
+
+    def _let_go(self) -> None:
+        self._writer.unpark()
+        self._timer.unpark()
+        anyio.notify_closing(self._socket)
+
+    def wake_writer(self) -> None:
+        """Driver."""
+        self._writer.unpark()
+
+    def wake_timer(self) -> None:
+        """Driver."""
+        self._timer.unpark()
+
+    async def _read(self) -> None:
+        # What came together with the end of the TLS handshake is no longer in the socket.
+        self._connection.bytes_came(b"")
+        while not self._stopped:
+            if self._receive():
                 await checkpoint()
-                turn, turn_began = 0, time()
+            elif not self._stopped:
+                await anyio.wait_readable(self._socket)
+
+    async def _write(self) -> None:
+        while not self._stopped:
+            sent = self._send()
+            if sent is _Sent.BLOCKED:
+                await anyio.wait_writable(self._socket)
+            elif sent is _Sent.TURN_OVER:
+                await checkpoint()
+            elif not self._stopped:
+                await self._writer.park()
 
     async def _keep_time(self) -> None:
         connection, time = self._connection, self._loop.time
@@ -225,20 +308,114 @@ class AnyioDriver:
             if time() >= deadline and not self._stopped:
                 connection.deadline_due(upload_progressed=self._upload_progressed())
 
-    # The socket's own figures
 
-    def _upload_progressed(self) -> bool:
-        """Whether the peer's TCP acknowledged more of an upload since the last look (K4)."""
-        unacknowledged = _unacknowledged(self._socket)
-        if unacknowledged is None:
-            return False
-        uploading = self._acknowledged < self._upload_mark
-        before, self._acknowledged = self._acknowledged, self._written - unacknowledged
-        return uploading and self._acknowledged > before
+class CallbackDriver(SocketDriver):
+    """asyncio's callbacks: the loop watches the socket all the time, and calls when there is something to do."""
 
-    def _bound_kernel_buffer(self) -> None:
-        if _NOTSENT_LOWAT is not None and self._socket.family != socket.AF_UNIX:
-            self._socket.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, self._pacer.budget)
+    def __init__(self, connection: Http2Connection, loop: AsyncioLoop) -> None:
+        super().__init__(connection)
+        self._asyncio = loop.native
+        self._context = loop.callback_context
+        self._end = self._loop.parker()
+        self._alarm: asyncio.TimerHandle | None = None
+        #: `_write` is going to be called, soon or when the socket takes more.
+        self._writing = False
+        self._blocked = False
+
+    def start(self) -> None:
+        """SocketDriver."""
+        self._bound_kernel_buffer()
+        self._spawn(self._await_end)
+        self._soon(self._greet)
+        self.wake_writer()
+        self.wake_timer()
+
+    async def _await_end(self) -> None:
+        while not self._stopped:
+            await self._end.park()
+
+    def _let_go(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._end.unpark()
+        self._asyncio.remove_reader(self._socket)
+        self._asyncio.remove_writer(self._socket)
+
+    def _soon(self, step: Callable[[], None]) -> None:
+        self._asyncio.call_soon(self._run, step, context=self._context)
+
+    def _run(self, step: Callable[[], None]) -> None:
+        """Take a step, unless it is too late for it; what goes wrong is the connection's end."""
+        if self._stopped:
+            return
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001
+            # Nobody calls this but the loop: the failure becomes the connection's end, and its requests' error.
+            self._connection.ended(error)
+        except BaseException:
+            if not self._stopped:
+                self._connection.loop_ended()
+            raise
+
+    # Reading
+
+    def _greet(self) -> None:
+        # The loop copies the context in which it is told to watch, which is the callbacks'.
+        self._asyncio.add_reader(self._socket, self._run, self._read)
+        # What came together with the end of the TLS handshake is no longer in the socket.
+        self._connection.bytes_came(b"")
+
+    def _read(self) -> None:
+        # If the socket isn't empty after this turn the loop calls again.
+        self._receive()
+
+    # Writing
+
+    def wake_writer(self) -> None:
+        """Driver. Whatever else happens in the same turn of the loop is written with it."""
+        # A loop that was closed with its tasks in it is told things by their finally blocks.
+        if not (self._writing or self._asyncio.is_closed()):
+            self._writing = True
+            self._soon(self._write)
+
+    def _write(self) -> None:
+        sent = self._send()
+        if sent is _Sent.BLOCKED:
+            if not self._blocked:
+                self._blocked = True
+                self._asyncio.add_writer(self._socket, self._run, self._write)
+            return
+        if self._blocked and not self._stopped:
+            self._blocked = False
+            self._asyncio.remove_writer(self._socket)
+        if sent is _Sent.TURN_OVER:
+            self._soon(self._write)
+        else:
+            self._writing = False
+
+    # Time
+
+    def wake_timer(self) -> None:
+        """Driver."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        deadline = self._connection.timer_armed_for = self._connection.next_deadline()
+        if deadline is not None and not self._asyncio.is_closed():
+            self._alarm = self._asyncio.call_at(deadline, self._run, self._time_is_up, context=self._context)
+
+    def _time_is_up(self) -> None:
+        # The reader's turn before judgement (K7): two passes of the loop.
+        self._soon(lambda: self._soon(self._judge))
+
+    def _judge(self) -> None:
+        connection = self._connection
+        deadline = connection.timer_armed_for
+        if deadline is not None and self._loop.time() >= deadline:
+            connection.deadline_due(upload_progressed=self._upload_progressed())
+        if not self._stopped:
+            self.wake_timer()
 
 
 def _unacknowledged(sock: socket.socket) -> int | None:

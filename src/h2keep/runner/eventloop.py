@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import trio
 
-__all__ = ["EventLoop", "Parker", "current", "native_loop"]
+__all__ = ["AsyncioLoop", "EventLoop", "Parker", "current", "native_loop"]
 
 
 class Parker(ABC):
@@ -104,17 +104,25 @@ class _AsyncioParker(Parker):
         self._permit = False
 
 
-class _AsyncioLoop(EventLoop):
-    __slots__ = ("_loop", "_tasks", "time")
+class AsyncioLoop(EventLoop):
+    """asyncio's, or one like it."""
+
+    __slots__ = ("_tasks", "callback_context", "native", "time")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.native = loop
         self.time = loop.time
+        #: For callbacks: nobody's variables, but anyio knows its backend there (within tasks it finds out by itself).
+        self.callback_context = contextvars.Context()
+        sniffio = sys.modules.get("sniffio")
+        if sniffio is not None:
+            self.callback_context.run(sniffio.current_async_library_cvar.set, "asyncio")
         # The loop itself holds tasks but weakly.
         self._tasks: set[asyncio.Task[None]] = set()
 
     def parker(self) -> Parker:
-        return _AsyncioParker(self._loop)
+        """EventLoop."""
+        return _AsyncioParker(self.native)
 
     def spawn(
         self,
@@ -123,11 +131,12 @@ class _AsyncioLoop(EventLoop):
         *,
         ended: Callable[[], object] = bool,
     ) -> None:
-        if getattr(self._loop, "_asyncgens_shutdown_called", False):
+        """EventLoop."""
+        if getattr(self.native, "_asyncgens_shutdown_called", False):
             # asyncio.run has cancelled its tasks already and would never cancel this one.
             raise ConnectError("the event loop is shutting down")
         context = context or contextvars.Context()
-        task = self._loop.create_task(run(), context=context)
+        task = self.native.create_task(run(), context=context)
         # A loop that is dropped without cancelling its tasks has nobody to tell "Task was destroyed" to.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
         self._tasks.add(task)
@@ -140,13 +149,16 @@ class _AsyncioLoop(EventLoop):
         task.add_done_callback(over, context=context)
 
     def call_from_thread(self, run: Callable[[], object]) -> None:
-        self._loop.call_soon_threadsafe(run)
+        """EventLoop."""
+        self.native.call_soon_threadsafe(run)
 
     def is_dead(self) -> bool:
-        return self._loop.is_closed()
+        """EventLoop."""
+        return self.native.is_closed()
 
     def is_running(self) -> bool:
-        return self._loop.is_running()
+        """EventLoop."""
+        return self.native.is_running()
 
 
 class _TrioParker(Parker):
@@ -230,7 +242,7 @@ def native_loop() -> object:
 
 def wrap(native: Any) -> EventLoop:
     """The `EventLoop` of an event loop as its backend knows it."""
-    return _AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop(native)
+    return AsyncioLoop(native) if isinstance(native, asyncio.AbstractEventLoop) else _TrioLoop(native)
 
 
 def current() -> EventLoop:

@@ -35,7 +35,7 @@ from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner import eventloop
 from h2keep.runner.connection import EventHook, Http2Connection, log
 from h2keep.runner.dial import DialOptions, Origin, Transport, dial
-from h2keep.runner.driver import AnyioDriver
+from h2keep.runner.driver import start_driver
 from h2keep.runner.request import PoolRequest, Timeout, is_seconds
 
 if TYPE_CHECKING:
@@ -358,10 +358,11 @@ class Pool:
             return
         if connection in state.unverified:
             state.expected = None
-        if not connection.protocol.accepting and connection not in state.draining:
+        accepting = connection.protocol.accepting
+        if not accepting and connection not in state.draining:
             self._count_draining(state, connection, state.draining.add)
             self._feed_starved()
-        if not connection.protocol.accepting or connection.protocol.prospective_slots <= 0:
+        if not accepting or connection.protocol.prospective_slots <= 0:
             state.available.pop(connection, None)
             state.unverified.pop(connection, None)
         elif connection not in state.available and connection not in state.unverified:
@@ -609,10 +610,9 @@ class Pool:
         connection = Http2Connection(
             state.origin, transport, self, self.loop, self._keepalive, self._random, self._hook, self._engine
         )
-        driver = AnyioDriver(connection)
         if state.memory is not None:
             connection.protocol.keepalive.use_interval(state.memory.current(self.loop.time()))
-        driver.start()
+        start_driver(connection)
         connection.protocol.assumed_streams = state.streams
         state.failure = state.lost = None
         if state.streams:

@@ -111,7 +111,7 @@ class Http2Stream:
         """The response has started: the request won't be sent again."""
         self.status = status
         self.headers = headers
-        self._let_go_of_body()
+        self._let_go_of_request()
         self.wake()
 
     @property
@@ -212,7 +212,7 @@ class Http2Stream:
             self._upload_scope.cancel()
         if self.retry_scope is not None:
             self.retry_scope.cancel()
-        self._let_go_of_body()
+        self._let_go_of_request()
         # Whom it would wake refers to it in turn, and a cycle would live until the next garbage collection.
         self._wake = None
         self._connection.release(self)
@@ -285,10 +285,11 @@ class Http2Stream:
         else:
             self._kept.append(bytearray(chunk))
 
-    def _let_go_of_body(self) -> None:
-        """It won't be sent again. Whoever still sends it holds it himself."""
+    def _let_go_of_request(self) -> None:
+        """It won't be sent again. Whoever still sends its body holds that himself."""
         self._kept = None
         self.request.body = None
+        self.request.fields = []
 
     def wanted(self) -> bool:
         """Sink."""

@@ -262,17 +262,20 @@ class TLSLayer:
 
     def receive(self, data: bytes) -> tuple[bytes, bool]:
         """SecurityLayer."""
-        self._incoming.write(data)
-        read = self.ssl_object.read
+        incoming, ssl_object = self._incoming, self.ssl_object
+        incoming.write(data)
         plaintext = []
         closed = False
         try:
             while True:
-                piece = read(self._RECORD)
+                piece = ssl_object.read(self._RECORD)
                 if not piece:
                     closed = True
                     break
                 plaintext.append(piece)
+                # The end is foreseen where it can be: the exception that says so costs more than a small record.
+                if not (incoming.pending or ssl_object.pending()):
+                    break
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
