@@ -137,7 +137,7 @@ class AsyncClient(BaseClient):
     * `verify`: True for the system's trust store, a path to a CA file or directory, False for no verification, or an
       `ssl.SSLContext`, in which nothing is changed but the ALPN protocols.
     * `cert`: a client certificate: a path, or (certificate, key) or (certificate, key, password).
-    * `engine`: the HTTP/2 codec; "h2" is the one there is.
+    * `engine`: the HTTP/2 codec: "h2", or "ngh2" (nghttp2), which takes less CPU and needs `h2keep[fast]`.
     * `limits`, `timeout`: see `Limits` and `Timeout`; a number is a timeout for each of the four phases.
     * `http1`: whether the origin may speak HTTP/1.1; False also makes http:// URLs HTTP/2 with prior knowledge.
     * `uds`: the path of a unix socket to connect to in the place of TCP. `local_address`, `socket_options`: for TCP.
