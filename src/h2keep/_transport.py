@@ -248,8 +248,8 @@ class Requests(ABC):
         """Its fields, as they are written in HTTP/1.1."""
 
     @abstractmethod
-    def _parts(self, request: Any, body: bytes | Body) -> Parts:
-        """What `Connections` wants to know of a request."""
+    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
+        """What `Connections` wants to know of a request that goes there, and has these fields."""
 
     @abstractmethod
     def _response(self, stream: AnyStream, body: Any) -> Any:
@@ -265,21 +265,21 @@ class AsyncBridge(Requests):
 
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
-        where = self._where(request)
-        if self._fallback.carries(where, self._fields(request)):
+        where, fields = self._where(request), self._fields(request)
+        if self._fallback.carries(where, fields):
             body = self._library.body(request.stream)
             try:
-                return await self._send(request, body)
+                return await self._send(request, where, fields, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return await self._leave(request, where)
 
-    async def _send(self, request: Any, body: bytes | Body) -> Any:
+    async def _send(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Any:
         trace: Trace | None = request.extensions.get("trace")
         await _tell(trace, f"{_HEAD}.started", request=request)
         try:
-            stream = await self._connections.send(*self._parts(request, body))
+            stream = await self._connections.send(*self._parts(request, where, fields, body))
         except errors.H2KeepError as error:
             await self._library.refuse(error, trace, _HEAD)
         try:
@@ -314,22 +314,22 @@ class Bridge(Requests):
 
     def handle_request(self, request: Any) -> Any:
         """BaseTransport."""
-        where = self._where(request)
-        if self._fallback.carries(where, self._fields(request)):
+        where, fields = self._where(request), self._fields(request)
+        if self._fallback.carries(where, fields):
             body = self._library.body(request.stream)
             try:
-                return self._send(request, body)
+                return self._send(request, where, fields, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return self._leave(request, where)
 
-    def _send(self, request: Any, body: bytes | Body) -> Any:
+    def _send(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Any:
         trace: BlockingTrace | None = request.extensions.get("trace")
         if trace is not None:
             trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = self._connections.send_blocking(*self._parts(request, body))
+            stream = self._connections.send_blocking(*self._parts(request, where, fields, body))
         except errors.H2KeepError as error:
             raise self._library.told(error, trace, _HEAD) from error.__cause__
         if trace is not None:
@@ -442,15 +442,16 @@ class _Transport(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers.raw
         return fields
 
-    def _parts(self, request: Any, body: bytes | Body) -> Parts:
-        authority, fields = split_host(request.headers.raw)
+    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
+        authority, forwarded = split_host(fields)
         url, extensions = request.url, request.extensions
+        target = extensions.get("target")
         return (
             request.method.encode("ascii", "replace"),
-            origin_of(url.scheme, url.raw_host, url.port, extensions.get("sni_hostname")),
+            origin_of(*where),
             authority or url.netloc,
-            extensions.get("target", url.raw_path),
-            fields,
+            url.raw_path if target is None else target,
+            forwarded,
             body,
             timeout_of(extensions.get("timeout")),
         )
