@@ -104,6 +104,13 @@ class _Waiter:
     #: Gave up: cancelled or timed out.
     gone: bool = False
 
+    async def served(self, seconds: float | None) -> bool:
+        """Wait at most so long until there is a stream, or an error."""
+        with anyio.move_on_after(seconds):
+            while self.stream is None and self.error is None:
+                await self.parker.park()
+        return self.stream is not None or self.error is not None
+
 
 @dataclass(slots=True, eq=False)
 class _OriginState:
@@ -236,19 +243,18 @@ class Pool:
     async def _wait(self, state: _OriginState, waiter: _Waiter) -> None:
         """Wait to be served: for a dial under the connect timeout, else for room under the pool timeout."""
         timeout = waiter.request.timeout
-        dialled = state.dials >= state.wanted() and not state.unverified
-        seconds = self._connect_patience(timeout.connect) if dialled else timeout.pool
-        with anyio.move_on_after(seconds):
-            while waiter.stream is None and waiter.error is None:
-                await waiter.parker.park()
-        if waiter.stream is not None or waiter.error is not None:
-            return
-        if dialled:
-            raise ConnectTimeout(f"{state.origin}: no connection was ready within {seconds} s (connect timeout)")
-        raise PoolTimeout(
-            f"{state.origin}: no connection had room for the request within {seconds} s (pool timeout); "
-            f"{len(state.connections)} connections are open, {state.waiting} requests are waiting"
-        )
+        if state.dials >= state.wanted() and not state.unverified:
+            seconds = self._connect_patience(timeout.connect)
+            if await waiter.served(seconds):
+                return
+            if state.dials:
+                raise ConnectTimeout(f"{state.origin}: no connection was ready within {seconds} s (connect timeout)")
+            # There was one, which had less room than was to be expected.
+        if not await waiter.served(timeout.pool):
+            raise PoolTimeout(
+                f"{state.origin}: no connection had room for the request within {timeout.pool} s (pool timeout); "
+                f"{len(state.connections)} connections are open, {state.waiting} requests are waiting"
+            )
 
     def _connect_patience(self, timeout: float | None) -> float | None:
         """How long all attempts to connect may take together."""
