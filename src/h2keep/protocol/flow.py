@@ -98,5 +98,6 @@ class ReceiveWindow:
 
     def release(self) -> None:
         """The stream is over: give back what its window had grown by."""
-        self._budget.give_back(self.size - INITIAL_WINDOW)
-        self.size = INITIAL_WINDOW
+        if self.size != INITIAL_WINDOW:
+            self._budget.give_back(self.size - INITIAL_WINDOW)
+            self.size = INITIAL_WINDOW
