@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
 from benchmarks.plan import CASES, Case, Value
-from benchmarks.report import CROWDED, Results, Verdict, bound, case_rows, reading, series, shown, verdicts
+from benchmarks.report import CROWDED, DISTURBED, Results, Verdict, bound, case_rows, reading, series, shown, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ PLOTS = {
     "load": ("bulk-latency", "fanin@4096", "slow", "idle"),
 }
 FLOORS = ("null-httpx2", "raw-tls")
+COLUMNS = 2
 OURS, THEIRS = "#1f6f8b", "#b8bec4"
 
 
@@ -37,10 +38,11 @@ def write_page(report: Mapping[str, Any], output: Path) -> None:
     placement, results = next(iter(report["results"].items()))
     failures = report["failures"].get(placement, {})
     judged = verdicts(results, report["unavailable"])
+    quick = report["about"]["quick"]
     parts = {
         "about": _about(report["about"]),
-        "figures": _table([["figure", "to reach", "median", "spread", ""], *map(_figure_row, judged)]),
-        "missed": _missed(judged, results, report),
+        "figures": "A quick run judges nothing." if quick else _figures(judged),
+        "missed": "" if quick else _missed(judged, results, report),
         "absent": _absent(report["unavailable"]),
     }
     for case in CASES:
@@ -81,9 +83,12 @@ def _case(case: Case, results: Results, failures: Mapping[str, Any], numbers: Ma
     return f"{title}:\n\n{_table(case_rows(case, results, failures))}"
 
 
-def _figure_row(verdict: Verdict) -> list[str]:
-    *cells, word = verdict.cells()
-    return [*cells, WORDS[word]]
+def _figures(judged: Sequence[Verdict]) -> str:
+    rows = [["figure", "to reach", "median", "spread", ""]]
+    for verdict in judged:
+        *cells, word = verdict.cells()
+        rows.append([*cells, WORDS[word]])
+    return _table(rows)
 
 
 def _missed(judged: Sequence[Verdict], results: Results, report: Mapping[str, Any]) -> str:
@@ -98,14 +103,14 @@ def _missed(judged: Sequence[Verdict], results: Results, report: Mapping[str, An
         figure = verdict.figure
         value = next(value for value in figure.values() if value.candidate.startswith("h2keep"))
         measured = shown(verdict.measured[0], figure.unit)
-        sentence = f"* **Missed:** {figure.what}: {measured} where {bound(figure)} was to be reached. "
-        parts.append(sentence + _bounded_by(value, results))
+        sentences = [f"* **Missed:** {figure.what}: {measured} where {bound(figure)} was to be reached."]
+        if figure.over is not None:
+            sentences.append(_bounded_by(value, results))
         name = f"{value.case} {value.candidate}"
-        if name in profiled:
-            parts[-1] += " Its profile is above."
-        elif (profile := report["profiles"].get(name)) is not None:
-            parts[-1] += f" {_profile(profile)}"
+        if (profile := report["profiles"].get(name)) is not None:
+            sentences.append("Its profile is above." if name in profiled else _profile(profile))
         profiled.add(name)
+        parts.append(" ".join(sentences))
     return "\n\n".join(parts)
 
 
@@ -113,9 +118,9 @@ def _bounded_by(value: Value, results: Results) -> str:
     def middle(metric: str) -> float:
         return (reading(series(results, Value(value.case, value.candidate, metric))) or (0.0, 0.0, 0.0))[0]
 
-    client, server = middle("client_busy"), middle("server_busy")
-    if client == server == 0:
-        return "Nothing but the process itself was at work."
+    client, server, others = middle("client_busy"), middle("server_busy"), middle("others_busy")
+    if others > DISTURBED:
+        return f"The machine was disturbed: others used {others:.0%} of a core."
     if server > CROWDED:
         return f"The server was the bottleneck ({server:.0%} busy)."
     if client > BUSY:
@@ -146,12 +151,16 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def plot(cases: Sequence[Case], results: Results, file: Path) -> None:
     """A panel for each case, a bar for each candidate, a whisker from the least to the greatest."""
     cases = [case for case in cases if results.get(case.name)] or cases[:1]
-    most = max(len(results.get(case.name, ())) for case in cases)
+    rows = -(-len(cases) // COLUMNS)
+    height = 0.8 + 0.18 * max(len(results.get(case.name, ())) for case in cases)
     # The same bytes for the same numbers.
     with mpl.rc_context({"svg.hashsalt": "h2keep", "svg.fonttype": "none", "font.size": 8}):
-        canvas = Canvas(figsize=(4.6 * len(cases), 0.6 + 0.2 * most), layout="constrained")
-        for axes, case in zip(canvas.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        canvas = Canvas(figsize=(9.2, height * rows), layout="constrained")
+        panels = list(canvas.subplots(rows, COLUMNS, squeeze=False).flat)
+        for axes, case in zip(panels, cases, strict=False):
             _panel(axes, case, results)
+        for axes in panels[len(cases) :]:
+            axes.remove()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 

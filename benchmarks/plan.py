@@ -176,7 +176,7 @@ def _fanin(concurrency: int, candidates: tuple[str, ...], rounds: int = 99) -> C
             *BUSY,
         ),
         candidates,
-        {"seconds": 0.5, "warmup": 0.1, "concurrency": min(concurrency, 2048), "wait": min(concurrency, 2048) / 2048},
+        {"seconds": 0.5, "warmup": 0.1, "concurrency": min(concurrency, 512), "wait": min(concurrency, 512) / 2048},
         one_connection=False,
         rounds=rounds,
         once=tuple(name for name in candidates if not name.startswith("h2keep")),

@@ -131,7 +131,7 @@ def test_a_value_is_the_median_with_the_least_and_the_greatest() -> None:
         ({}, 1.0, None),
     ],
 )
-def test_a_bound_is_kept_or_missed(bounds: dict[str, float], measured: float, passes: bool | None) -> None:
+def test_a_bound_is_kept_or_missed(bounds: dict[str, Any], measured: float, passes: bool | None) -> None:
     assert Figure("", RATE, **bounds).passes(measured) is passes
 
 
