@@ -77,7 +77,7 @@ def ask(url: str) -> tuple[int, str] | None:
 
 
 @pytest.mark.parametrize("worker", ["sync", "gthread"])
-def test_k3_workers_have_connections_of_their_own_and_the_masters_go_on(
+def test_workers_have_connections_of_their_own_and_the_masters_go_on(
     worker: str, server_ssl: ssl.SSLContext, ca_path: Path
 ) -> None:
     with threaded(answering(), server_ssl) as server:
