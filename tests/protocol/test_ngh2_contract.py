@@ -72,41 +72,68 @@ def test_a_request_that_is_cancelled_at_once_uses_up_its_id_and_nothing_else(ses
     assert decoder.header_table_size == 64
 
 
-def test_a_body_that_ends_is_one_empty_frame(session: ngh2.Connection) -> None:
-    session.send_request(REQUEST)
+def test_a_request_that_ends_with_its_head_is_one_flag_from_one_that_does_not(session: ngh2.Connection) -> None:
+    session.send_request(REQUEST, end_stream=True)
     (frame,) = parsed(session.data_to_send())
-    assert frame.flags == {"END_HEADERS"}
-    session.end_stream(1)
-    assert session.data_to_send() == b"\0\0\0\0\1\0\0\0\1"
-    session.receive_data(head(1, OK, end=True))
-    assert [type(event) for event in session.events()] == [ngh2.ResponseReceived, ngh2.StreamClosed]
-
-
-def test_trailers_that_end_a_body_are_no_more_than_themselves(session: ngh2.Connection) -> None:
-    session.send_request(REQUEST)
-    session.data_to_send()
-    session.send_trailers(1, [(b"a", b"b")])
-    (frame,) = parsed(session.data_to_send())
-    assert isinstance(frame, frames.HeadersFrame)
     assert set(frame.flags) == {"END_HEADERS", "END_STREAM"}
+    assert not session.want_write
 
 
-def test_a_frame_is_one_event_at_least_or_an_objection(session: ngh2.Connection) -> None:
+def test_a_message_is_one_event_and_an_end_is_others(session: ngh2.Connection) -> None:
+    encoder = hpack.Encoder()
     session.send_request(REQUEST, end_stream=True)
     session.data_to_send()
-    session.receive_data(head(1, OK, (b"content-length", b"3")))
-    assert [type(event) for event in session.events()] == [ngh2.ResponseReceived]
-    session.receive_data(frames.DataFrame(1, data=b"ab", flags=["PADDED"], pad_length=7).serialize())
-    (event,) = session.events()
-    assert isinstance(event, ngh2.DataReceived)
-    assert event.data == b"ab"
-    assert not session.want_write
-    session.receive_data(frames.DataFrame(1, data=b"cd").serialize())
+    for raw, kind in (
+        (head(1, (b":status", b"103"), encoder=encoder), ngh2.InformationalResponseReceived),
+        (head(1, OK, encoder=encoder), ngh2.ResponseReceived),
+        (head(1, (b"a", b"b"), end=True, encoder=encoder), ngh2.TrailersReceived),
+    ):
+        session.receive_data(raw)
+        assert [type(event) for event in session.events() if type(event) is not ngh2.StreamClosed] == [kind]
+        assert not session.want_write
+
+
+def test_an_objection_to_a_stream_is_no_event_and_a_reset_to_be_sent(session: ngh2.Connection) -> None:
+    session.send_request(REQUEST, end_stream=True)
+    session.data_to_send()
+    session.receive_data(head(1, OK, (b"Upper", b"case")))
     assert session.events() == []
     assert session.want_write
     (reset,) = parsed(session.data_to_send())
     assert isinstance(reset, frames.RstStreamFrame)
-    assert [type(event) for event in session.events()] == [ngh2.StreamClosed]
+
+
+def test_a_reset_ends_a_stream_in_any_state_without_an_answer(session: ngh2.Connection) -> None:
+    encoder = hpack.Encoder()
+    reset = frames.RstStreamFrame(1, error_code=8)
+    for stream_id, raw in ((1, b""), (3, head(3, OK, encoder=encoder)), (5, head(5, OK, end=True, encoder=encoder))):
+        session.send_request(REQUEST, end_stream=True)
+        session.data_to_send()
+        session.receive_data(raw)
+        session.events()
+        reset.stream_id = stream_id
+        for _ in range(2):
+            session.receive_data(reset.serialize())
+            session.events()
+            assert not session.want_write
+        session.receive_data(head(stream_id, OK, encoder=encoder))
+        assert session.events() == []
+        assert not session.want_write
+
+
+def test_trailers_come_after_the_declared_length_only(session: ngh2.Connection) -> None:
+    """This is why a body is pretended then."""
+    for stream_id, length in ((1, 2), (3, 3)):
+        encoder = hpack.Encoder()
+        session.send_request(REQUEST, end_stream=True)
+        session.data_to_send()
+        session.receive_data(head(stream_id, OK, (b"content-length", b"3"), encoder=encoder))
+        session.receive_data(frames.DataFrame(stream_id, data=b"x" * length).serialize())
+        session.events()
+        session.receive_data(head(stream_id, (b"a", b"b"), end=True))
+        assert (ngh2.TrailersReceived in [type(event) for event in session.events()]) is (length == 3)
+        session.data_to_send()
+        session.events()
 
 
 def test_a_violation_is_a_goaway_with_its_code(session: ngh2.Connection) -> None:

@@ -304,6 +304,28 @@ def test_what_well_behaved_peers_say_is_the_same_to_both(data: st.DataObject) ->
         assert not any(isinstance(event, events.StreamFailed) for event in talk.sides[1].events)
 
 
+@pytest.mark.parametrize("status", [b"200", b"304", b"404"])
+@pytest.mark.parametrize("length", [None, 0, 3])
+@pytest.mark.parametrize("body", [None, 0, 3])
+@pytest.mark.parametrize("method", [b"HEAD", b"GET"])
+def test_declared_lengths_of_bodies_that_may_not_come_are_the_same_to_both(
+    status: bytes, length: int | None, body: int | None, method: bytes
+) -> None:
+    lengths = [] if length is None else [(b"content-length", b"%d" % length)]
+    block = hpack.Encoder().encode([(b":status", status), *lengths])
+    raw = _frame(1, 5 if body is None else 4, 15, block)
+    if body is not None:
+        raw += _frame(0, 1, 15, b"x" * body)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sides = [Side("h2", monkeypatch), Side("ngh2", monkeypatch)]
+        for side in sides:
+            assert side.client.send_request([(b":method", method), *REQUEST[1:]], side.now) == 15
+            side.write()
+            side.feed(raw, 1_000)
+            side.write()
+        _compare(*sides)
+
+
 # Where they differ
 
 #: What nghttp2 takes for malformed and h2 lets pass: fields of a response, or, without `:status`, of its trailers.

@@ -41,10 +41,14 @@ def parsed(data: bytes) -> list[Any]:
 
 
 class Silent:
-    """A handler that only counts."""
+    """A handler that only counts, and keeps trailers."""
 
     def __init__(self) -> None:
         self.received = 0
+        self.trailers: list[Any] = []
+
+    def on_trailers(self, stream_id: int, headers: Any) -> None:
+        self.trailers.append(headers)
 
     def on_data(self, stream_id: int, data: bytes, flow_length: int, end_stream: bool) -> None:
         self.received += len(data)
@@ -137,24 +141,64 @@ def test_proxy_authorization_is_never_indexed() -> None:
     assert isinstance(next(iter(decoder.decode(frame.data, raw=True))), hpack.NeverIndexedHeaderTuple)
 
 
-def test_gigabytes_on_one_stream_and_one_connection_need_no_credit_but_ours() -> None:
-    """nghttp2 would give some of its own when half of what 31 bits can count has come."""
+def test_trailers_after_a_long_body_of_a_declared_length() -> None:
+    """nghttp2 is shown as many bytes as came, and gives no credit for them that would go out."""
     handler = Silent()
     engine = Ngh2Engine(handler, initial_window=2**20, connection_window=2**20)
-    head = hpack.Encoder().encode([(b":status", b"200")])
+    encoder = hpack.Encoder()
     engine.receive(b"\0\0\0\4\0\0\0\0\0")
-    engine.send_request(1, REQUEST, end_stream=True)
-    engine.receive(frames.HeadersFrame(1, data=head, flags=["END_HEADERS"]).serialize())
-    engine.drain()
-    data = frames.DataFrame(1, data=b"x" * 16_384).serialize() * 64
-    for _ in range(2_200):
-        engine.receive(data)
-        engine.send_window_update(0, 2**20)
-        engine.send_window_update(1, 2**20)
-        assert [frame.window_increment for frame in parsed(engine.drain())] == [2**20] * 2
-    assert handler.received == 2_200 * 2**20
-    (frame,) = parsed(engine.send_request(3, REQUEST, end_stream=True))
+    data = frames.DataFrame(1, data=b"x" * 16_384)
+    for stream_id in (1, 3, 5):
+        engine.send_request(stream_id, REQUEST, end_stream=True)
+        engine.drain()
+        block = encoder.encode([(b":status", b"200"), (b"content-length", b"%d" % 2**30)])
+        engine.receive(frames.HeadersFrame(stream_id, data=block, flags=["END_HEADERS"]).serialize())
+        data.stream_id = stream_id
+        raw = data.serialize() * 64
+        for _ in range(1_024):
+            engine.receive(raw)
+            engine.send_window_update(0, 2**20)
+            engine.send_window_update(stream_id, 2**20)
+            assert [frame.window_increment for frame in parsed(engine.drain())] == [2**20] * 2
+        trailers = encoder.encode([(b"a", b"b")])
+        engine.receive(frames.HeadersFrame(stream_id, data=trailers, flags=["END_HEADERS", "END_STREAM"]).serialize())
+        assert engine.drain() == b""
+        assert handler.trailers == [[(b"a", b"b")]] * ((stream_id + 1) // 2)
+    assert handler.received == 3 * 2**30
+    (frame,) = parsed(engine.send_request(7, REQUEST, end_stream=True))
     assert isinstance(frame, frames.HeadersFrame)
+
+
+@pytest.mark.parametrize("length", [0, 1, 126, 127, 128, 254, 255, 16_383, 16_384, 50_000])
+def test_trailers_are_literals_of_any_length(length: int) -> None:
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    fields = [(b"n" * max(length, 1), b"v" * length), (b"a", b"b")]
+    decoder = hpack.Decoder(2**20)
+    engine.drain()
+    decoder.decode(parsed(engine.send_request(1, REQUEST, end_stream=False))[0].data)
+    parts = parsed(engine.send_trailers(1, fields))
+    assert all(len(part.data) <= 16_384 for part in parts)
+    assert [set(part.flags) & {"END_HEADERS"} for part in parts][:-1] == [set()] * (len(parts) - 1)
+    assert "END_HEADERS" in parts[-1].flags
+    assert "END_STREAM" in parts[0].flags
+    assert list(decoder.decode(b"".join(part.data for part in parts), raw=True)) == fields
+
+
+@pytest.mark.parametrize("sizes", [[0], [40], [4_096], [100, 4_096], [100, 50, 4_096, 200], [65_536]])
+def test_trailers_announce_the_size_of_the_table_if_they_come_first(sizes: list[int]) -> None:
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    fields = [*REQUEST, (b"a", b"b"), (b"c", b"d")]
+    decoder = hpack.Decoder()
+    engine.drain()
+    decoder.decode(parsed(engine.send_request(1, fields, end_stream=False))[0].data)
+    for size in sizes:
+        engine.receive(b"\0\0\6\4\0\0\0\0\0\0\1" + size.to_bytes(4, "big"))
+    decoder.max_allowed_table_size = min(sizes[-1], 4_096)
+    assert list(decoder.decode(parsed(engine.send_trailers(1, fields[-1:]))[0].data, raw=True)) == fields[-1:]
+    assert decoder.header_table_size == min(sizes[-1], 4_096)
+    for stream_id in (3, 5):
+        block = parsed(engine.send_request(stream_id, fields, end_stream=True))[0].data
+        assert list(decoder.decode(block, raw=True)) == fields
 
 
 def test_streams_that_were_reset_are_remembered_up_to_a_bound() -> None:

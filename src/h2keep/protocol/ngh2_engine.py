@@ -1,25 +1,29 @@
 """The fast codec, on ngh2, a binding of nghttp2: the one module that imports it, and only where it was asked for.
 
-nghttp2 is in charge of HPACK, of the states of streams and of what makes a response well-formed. Frames are cut here,
-and what concerns the connection alone (SETTINGS, PING, GOAWAY, WINDOW_UPDATE, both directions' windows) stays here, so
-that nghttp2 acts on nothing by itself:
+nghttp2 is in charge of header blocks: of HPACK both ways, of what makes a response's fields well-formed, and of their
+sequence (interim responses, head, trailers). It sees nothing else, since it would act on it by itself, or cost more
+than it does:
 
-* It would answer and give credit when it thinks fit, close streams at a GOAWAY, and end the session with the last of
-  them. It sees no such frame. Its own receive windows are opened as far as they go, and whatever it has to say beside
-  what it was asked for is taken as its verdict on the frame before.
-* ngh2 reports neither a frame's length with its padding, nor what became of a frame that it ignored. So one frame is
-  handed over at a time, and frames on streams that are over are discarded here.
+* It would answer control frames and give credit when it thinks fit, close streams at a GOAWAY, and end the session with
+  the last of them. Frames, windows, and what concerns the connection alone are dealt with here.
+* ngh2 makes an object and a copy of each DATA frame, and tells neither its length with padding nor, of one that it
+  ignores, anything at all. Bodies and their declared lengths are dealt with here.
+* To it every request ends with its head. That the stream is over it learns from an RST_STREAM that no peer sent, with
+  the next header block (`_tell_end`); trailers that go out are coded here, as literals.
 * Requests get the ids that nghttp2 counts. An id that was never used, because its request was dropped, is used up
   there without a byte (`_skip_to`).
 
-ngh2 is young: the version range is what the tests in tests/protocol/test_ngh2_contract.py passed on, and another
-version is refused at import, not met in mid-flight.
+What it wants to send beside the requests that it was asked for is its verdict on the header block before, and doesn't
+leave as it is.
+
+ngh2 is young: the version range is what the contract tests in tests/protocol/test_ngh2_contract.py passed on, and
+another version is refused at import, not met in mid-flight.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ngh2
 
@@ -72,7 +76,7 @@ _CONFIGURATION = ngh2.Configuration(
     # Never reached: each field counts for 32 bytes at least.
     max_inbound_header_count=_MAX_HEADER_BLOCK,
 )
-#: What nghttp2 is told of our SETTINGS: limits that it must not apply, since they are applied here.
+#: What nghttp2 is told of our SETTINGS. Frames and windows may be as large as they can be, since the limits are here.
 _SETTINGS_WITHIN = {
     _ENABLE_PUSH: 0,
     _INITIAL_WINDOW_SIZE: _MAX_WINDOW,
@@ -81,9 +85,16 @@ _SETTINGS_WITHIN = {
 }
 _SECRET = b"proxy-authorization"
 _PLACEHOLDER: Headers = []
+#: The most that nghttp2 lets its encoder's table hold, in bytes.
+_LARGEST_TABLE = 4_096
+#: Streams whose end nghttp2 isn't told yet, at most.
+_MAX_UNTOLD = 256
+_FILLER = bytes(64 * 1024)
+_NOT_MODIFIED = 304
 
-_ResponseReceived = ngh2.ResponseReceived
-_DataReceived = ngh2.DataReceived
+_ResponseReceived, _InformationalReceived = ngh2.ResponseReceived, ngh2.InformationalResponseReceived
+_TrailersReceived = ngh2.TrailersReceived
+_MESSAGES = frozenset({_ResponseReceived, _InformationalReceived, _TrailersReceived})
 
 
 def _check_version() -> None:
@@ -99,17 +110,31 @@ _check_version()
 
 
 class _Stream:
-    """An open stream: its windows, and which of its ends have come or gone."""
+    """An open stream: its windows, which of its ends have come or gone, and how long the response's body must be."""
 
-    __slots__ = ("answered", "receive_window", "received_end", "send_window", "sent_end")
+    __slots__ = (
+        "answered",
+        "bodiless",
+        "body_left",
+        "declared",
+        "receive_window",
+        "received_end",
+        "send_window",
+        "sent_end",
+    )
 
-    def __init__(self, send_window: int, receive_window: int, sent_end: bool) -> None:
+    def __init__(self, send_window: int, receive_window: int, sent_end: bool, bodiless: bool) -> None:
         self.send_window = send_window
         self.receive_window = receive_window
         self.sent_end = sent_end
         self.received_end = False
         #: A final response head came.
         self.answered = False
+        #: The answer to HEAD: its Content-Length is that of a body that doesn't come.
+        self.bodiless = bodiless
+        #: The body's declared length, and what of it hasn't come yet; None if none was declared.
+        self.declared: int | None = None
+        self.body_left: int | None = None
 
 
 class Ngh2Engine:
@@ -135,6 +160,10 @@ class Ngh2Engine:
         #: Closed by a reset, oldest first.
         self._reset: dict[int, None] = {}
         self._next_id = 1
+        #: RST_STREAM for streams that are over, for nghttp2 alone.
+        self._untold: list[bytes | memoryview] = []
+        #: Sizes of the encoder's table since the last header block that went out: the smallest, the last.
+        self._table_sizes: tuple[int, ...] = ()
         self._session = self._started()
         settings = {
             _HEADER_TABLE_SIZE: 4_096,
@@ -210,34 +239,36 @@ class Ngh2Engine:
         elif kind == _WINDOW_UPDATE:
             self._receive_credit(stream_id, stream, bytes(frame[9:]))
         else:
-            self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame of type {kind} on a stream")
+            self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: type {kind} on stream {stream_id}")
 
     def _receive_data(self, flags: int, stream_id: int, stream: _Stream, frame: memoryview) -> None:
         length = len(frame) - 9
-        if flags & _PADDED and (not length or frame[9] >= length):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "more padding than there is frame")
+        start, stop = 9, len(frame)
+        if flags & _PADDED:
+            if not length or frame[9] >= length:
+                self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
+            start, stop = 10, stop - frame[9]
         self._charge(length)
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"DATA on stream {stream_id} after its end")
         stream.receive_window -= length
         if stream.receive_window < 0:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, f"more DATA on stream {stream_id} than its window allows")
+        end_stream = bool(flags & _END_STREAM)
         if not stream.answered:
             self._handler.on_discarded(length)
             self._stream_error(stream_id, "a body before its head")
             return
-        event = self._judge(frame)
-        if type(event) is not _DataReceived:
-            self._handler.on_discarded(length)
-            self._stream_error(stream_id, "a body that belies its Content-Length, or that must not be there")
-            return
-        if self._session.want_write:
-            # Credit beyond what was ever promised, once in a gigabyte.
-            self._session.data_to_send()
-        end_stream = bool(flags & _END_STREAM)
+        if stream.body_left is not None:
+            stream.body_left -= stop - start
+            if stream.body_left < 0 or (end_stream and stream.body_left):
+                self._handler.on_discarded(length)
+                self._stream_error(stream_id, f"a body that is not as long as it said ({stream.declared} bytes)")
+                return
         if end_stream:
+            self._tell_end(stream_id)
             self._note_end(stream_id, stream)
-        self._handler.on_data(stream_id, event.data, length, end_stream)
+        self._handler.on_data(stream_id, bytes(frame[start:stop]), length, end_stream)
 
     def _charge(self, length: int) -> None:
         """DATA came, for whatever stream: the connection's window pays, padding included."""
@@ -272,28 +303,28 @@ class Ngh2Engine:
         self._block_parts = []
         return b"".join(parts)
 
-    def _judge(self, frames: bytes | memoryview) -> ngh2.Event | None:
-        """What nghttp2 makes of a frame, or of a whole header block: its event, None if it makes nothing of it.
-
-        An objection to the stream is no event; the caller tells it from a frame that was ignored by knowing better.
-        """
+    def _judge(self, block: bytes | memoryview) -> Any:
+        """What nghttp2 makes of a header block: its event; None if it has an objection, or if the stream is over."""
         session = self._session
+        if self._untold:
+            block = b"".join([*self._untold, block])
+            self._untold.clear()
         try:
-            session.receive_data(frames)
+            session.receive_data(block)
         except ngh2.DenialOfServiceError as error:
             self._fail(ErrorCode.ENHANCE_YOUR_CALM, f"more header fields than allowed: {error}", error)
         except ngh2.NGH2Error as error:
             self._fail(ErrorCode.PROTOCOL_ERROR, str(error), error)
-        events = session.events()
-        if events:
-            return events[0]
+        for event in session.events():
+            if type(event) in _MESSAGES:
+                return event
         if session.want_write:
             self._look_for_goaway(session.data_to_send())
             session.events()
         return None
 
     def _look_for_goaway(self, output: bytes) -> None:
-        """nghttp2 gave up on the connection if it says so; what else it says has been said better by then."""
+        """nghttp2 gives up on the connection if it says so; an objection to a stream is put in our own words."""
         start = 0
         while start < len(output):
             high, low, kind, _, _ = _HEADER.unpack_from(output, start)
@@ -307,28 +338,43 @@ class Ngh2Engine:
     def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes | memoryview) -> None:
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream_id} after its end")
-        event = self._judge(block)
         end_stream = bool(self._block_flags & _END_STREAM)
-        if end_stream and event is not None:
+        if end_stream and stream.declared and not stream.body_left:
+            self._pretend_body(stream_id, stream.declared)
+        event = self._judge(block)
+        if event is None:
+            self._stream_error(stream_id, "header fields that HTTP/2 doesn't allow")
+            return
+        if end_stream:
+            # nghttp2 has seen both ends.
             self._note_end(stream_id, stream)
         kind = type(event)
         if kind is _ResponseReceived:
+            fields = list(event.headers)
+            # Validated: `:status` comes first and is the only pseudo-field.
+            status = int(fields.pop(0)[1])
             stream.answered = True
-            fields = event.headers  # type: ignore[union-attr]
-            self._handler.on_response(stream_id, int(fields[0][1]), list(fields[1:]), end_stream)
-        elif kind is ngh2.InformationalResponseReceived:
-            fields = event.headers  # type: ignore[union-attr]
-            self._handler.on_informational(stream_id, int(fields[0][1]), list(fields[1:]))
-        elif kind is ngh2.TrailersReceived:
-            self._handler.on_trailers(stream_id, list(event.headers))  # type: ignore[union-attr]
+            if not end_stream:
+                stream.declared = stream.body_left = _declared_length(status, fields, stream.bodiless)
+            self._handler.on_response(stream_id, status, fields, end_stream)
+        elif kind is _TrailersReceived:
+            self._handler.on_trailers(stream_id, list(event.headers))
         else:
-            self._stream_error(stream_id, "header fields that HTTP/2 doesn't allow")
+            fields = list(event.headers)
+            self._handler.on_informational(stream_id, int(fields.pop(0)[1]), fields)
+
+    def _pretend_body(self, stream_id: int, length: int) -> None:
+        """nghttp2 takes no trailers before the body that was declared; how long it really was is known here."""
+        session = self._session
+        for start in range(0, length, len(_FILLER)):
+            session.receive_data(_frame(_DATA, 0, stream_id, _FILLER[: length - start]))
+            session.events()
+        session.data_to_send()
 
     def _receive_reset(self, stream_id: int, frame: bytes) -> None:
         if len(frame) != 13:
             self._fail(ErrorCode.FRAME_SIZE_ERROR, "RST_STREAM of another length than 4 bytes")
-        self._judge(frame)
-        self._let_go(stream_id)
+        self.forget(stream_id)
         self._handler.on_reset(stream_id, _LONG.unpack_from(frame, 9)[0])
 
     def _receive_credit(self, stream_id: int, stream: _Stream | None, body: bytes) -> None:
@@ -370,7 +416,7 @@ class Ngh2Engine:
             last_stream_id, error_code = _TWO_LONGS.unpack_from(body)
             self._handler.on_goaway(last_stream_id & 0x7FFF_FFFF, error_code, body[8:])
         else:
-            self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame of type {kind} on no stream")
+            self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: type {kind} on no stream")
 
     def _receive_settings(self, flags: int, body: bytes) -> None:
         if flags & _ACK:
@@ -392,10 +438,12 @@ class Ngh2Engine:
             self._initial_send_window = window
         if _HEADER_TABLE_SIZE in settings:
             # The one setting that is nghttp2's affair.
-            size = _SETTING.pack(_HEADER_TABLE_SIZE, settings[_HEADER_TABLE_SIZE])
-            self._session.receive_data(_frame(_SETTINGS, 0, 0, size))
+            size = settings[_HEADER_TABLE_SIZE]
+            self._session.receive_data(_frame(_SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, size)))
             self._session.data_to_send()
             self._session.events()
+            size = min(size, _LARGEST_TABLE)
+            self._table_sizes = min([*self._table_sizes, size]), size
         self._out.append(_frame(_SETTINGS, _ACK, 0, b""))
         self._handler.on_reply_queued()
         self._handler.on_settings()
@@ -441,12 +489,14 @@ class Ngh2Engine:
         if stream.sent_end:
             del self._streams[stream_id]
 
-    def _let_go(self, stream_id: int) -> None:
-        """A reset closed the stream."""
-        del self._streams[stream_id]
-        self._reset[stream_id] = None
-        if len(self._reset) > _MAX_REMEMBERED:
-            del self._reset[next(iter(self._reset))]
+    def _tell_end(self, stream_id: int) -> None:
+        """Have nghttp2 let go of a stream, in front of the next header block."""
+        untold = self._untold
+        untold.append(_frame(_RST_STREAM, 0, stream_id, b"\0\0\0\x08"))
+        if len(untold) > _MAX_UNTOLD:
+            self._session.receive_data(b"".join(untold))
+            self._session.events()
+            untold.clear()
 
     def _stream_error(self, stream_id: int, reason: str) -> None:
         """A malformed response: the end of one stream."""
@@ -464,9 +514,14 @@ class Ngh2Engine:
         if stream_id != self._next_id:
             self._skip_to(stream_id)
         self._next_id = stream_id + 2
-        self._streams[stream_id] = _Stream(self._initial_send_window, self._initial_receive_window, end_stream)
-        self._session.send_request(_hiding(headers), end_stream=end_stream)
-        return self._session.data_to_send()
+        self._table_sizes = ()
+        bodiless = headers[0][1] == b"HEAD"
+        self._streams[stream_id] = _Stream(
+            self._initial_send_window, self._initial_receive_window, end_stream, bodiless
+        )
+        self._session.send_request(_hiding(headers), end_stream=True)
+        head = self._session.data_to_send()
+        return head if end_stream else b"%b%c%b" % (head[:4], head[4] & ~_END_STREAM, head[5:])
 
     def _skip_to(self, stream_id: int) -> None:
         """Use up the ids before this one: requests that are cancelled before they are encoded leave no trace."""
@@ -483,23 +538,27 @@ class Ngh2Engine:
         stream.send_window -= length
         self._send_window -= length
         if end_stream:
-            # nghttp2 makes an empty frame of it; on the wire it goes with the data.
-            self._session.end_stream(stream_id)
-            self._session.data_to_send()
             self._finish(stream_id, stream)
         return _HEADER.pack(length >> 8, length & 0xFF, _DATA, _END_STREAM if end_stream else 0, stream_id)
 
     def send_trailers(self, stream_id: int, headers: Headers) -> bytes:
-        self._session.send_trailers(stream_id, _hiding(headers))
-        output = self._session.data_to_send()
+        block = b"".join(
+            [_prefixed(size, 5, 0x20) for size in self._table_sizes]
+            # Never indexed, so that the table stays what nghttp2 knows (RFC 7541, section 6.2.3).
+            + [b"\x10" + _string(name) + _string(value) for name, value in headers]
+        )
+        self._table_sizes = ()
         self._finish(stream_id, self._streams[stream_id])
+        parts = [block[start : start + _MAX_FRAME_SIZE] for start in range(0, len(block), _MAX_FRAME_SIZE)] or [b""]
+        output = _frame(_HEADERS, _END_STREAM | (_END_HEADERS if len(parts) == 1 else 0), stream_id, parts[0])
+        for part in parts[1:]:
+            output += _frame(_CONTINUATION, _END_HEADERS if part is parts[-1] else 0, stream_id, part)
         return output
 
     def _finish(self, stream_id: int, stream: _Stream) -> None:
         """The request is complete."""
         stream.sent_end = True
         if stream.received_end:
-            self._session.events()
             del self._streams[stream_id]
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
@@ -507,11 +566,11 @@ class Ngh2Engine:
         self._out.append(_frame(_RST_STREAM, 0, stream_id, _LONG.pack(error_code)))
 
     def forget(self, stream_id: int) -> None:
-        session = self._session
-        session.reset_stream(stream_id)
-        session.data_to_send()
-        session.events()
-        self._let_go(stream_id)
+        del self._streams[stream_id]
+        self._tell_end(stream_id)
+        self._reset[stream_id] = None
+        if len(self._reset) > _MAX_REMEMBERED:
+            del self._reset[next(iter(self._reset))]
 
     def send_ping(self, payload: bytes) -> None:
         self._out.append(_frame(_PING, 0, 0, payload))
@@ -549,6 +608,36 @@ def _hiding(headers: Headers) -> Headers:
 
     nghttp2 does so with `authorization` and short cookies of its own accord.
     """
-    if any(name == _SECRET for name, _ in headers):
+    if _SECRET in dict(headers):
         return [ngh2.NeverIndexedHeader(*field) if field[0] == _SECRET else field for field in headers]
     return headers
+
+
+def _declared_length(status: int, fields: Headers, bodiless: bool) -> int | None:
+    """How long the body of a response must be, None if it may have any length (RFC 9113, section 8.1.1)."""
+    if bodiless or status == _NOT_MODIFIED:
+        return 0
+    for name, value in fields:
+        if name == b"content-length":
+            # nghttp2 has seen that it is a number, and the only one.
+            return int(value)
+    return None
+
+
+def _prefixed(value: int, bits: int, pattern: int) -> bytes:
+    """An integer with a prefix of so many bits, after a bit pattern (RFC 7541, section 5.1)."""
+    most = 2**bits - 1
+    if value < most:
+        return bytes([pattern | value])
+    encoded = bytearray([pattern | most])
+    value -= most
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _string(value: bytes) -> bytes:
+    """A string literal (RFC 7541, section 5.2), not Huffman-coded."""
+    return _prefixed(len(value), 7, 0) + value
