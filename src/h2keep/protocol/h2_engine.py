@@ -44,6 +44,7 @@ __all__ = ["H2Engine"]
 
 _HEADER = struct.Struct(">HBBBL")
 _MAX_FRAME_SIZE = 16_384
+_LARGEST_WINDOW = 2**31 - 1
 _MAX_HEADER_BLOCK = 64 * 1024
 _MAX_CONTINUATIONS = 64
 
@@ -156,8 +157,20 @@ class H2Engine:
             block = self._assemble(kind, flags, stream_id, body)
             if block is not None:
                 self._receive_headers(stream_id, block)
+        elif kind == _WINDOW_UPDATE and len(body) == 4:
+            self._receive_window_update(flags, stream_id, body)
         else:
             self._receive_control(kind, flags, stream_id, body)
+
+    def _receive_window_update(self, flags: int, stream_id: int, body: bytes) -> None:
+        increment = int.from_bytes(body) & 0x7FFF_FFFF
+        owner = self._streams[stream_id] if stream_id else self._h2
+        if 0 < increment <= _LARGEST_WINDOW - owner.outbound_flow_control_window:
+            owner.outbound_flow_control_window += increment
+            self._handler.on_window_opened(stream_id)
+        else:
+            # What is wrong with it is h2's to say.
+            self._receive_control(_WINDOW_UPDATE, flags, stream_id, body)
 
     def _receive_data(self, flags: int, stream_id: int, body: bytes) -> None:
         length = len(body)

@@ -123,12 +123,16 @@ class Outbox:
             data = stream.take(min(size, max(limit, 4_096)))
             self.body_bytes += len(data)
         last = stream.upload_ended and not stream.queued
-        before = len(parts)
+        framed = 0
         if data or stream.trailers is None:
-            parts += [engine.send_data(stream.id, data, last and stream.trailers is None), data]
+            head = engine.send_data(stream.id, data, last and stream.trailers is None)
+            parts += (head, data)
+            framed = len(head) + len(data)
         if last and stream.trailers is not None:
-            parts.append(engine.send_trailers(stream.id, stream.trailers))
+            trailers = engine.send_trailers(stream.id, stream.trailers)
+            parts.append(trailers)
+            framed += len(trailers)
         stream.write_since = now
         if last:
             stream.end_sent_at = now
-        return sum(len(part) for part in parts[before:])
+        return framed
