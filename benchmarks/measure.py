@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -80,8 +81,6 @@ class Setting:
 
     def measure(self, case: Case, candidate: str) -> Mapping[str, float] | str:
         """One worker's metrics, or why there are none."""
-        if case.scenario == "import":
-            return self._output([sys.executable, "-c", IMPORT.format(statement=IMPORTED[candidate])], case.limit)
         try:
             with serve(self.kit, self.placement, self._demands(case, candidate)) as server:
                 return self._output(self.worker(server, case, candidate), case.limit)
@@ -109,6 +108,8 @@ class Setting:
 
     def worker(self, server: Server, case: Case, candidate: str) -> list[str]:
         numbers = [f"{name}={number}" for name, number in case.numbers(quick=self.quick).items()]
+        if case.scenario == "import":
+            return [sys.executable, "-c", IMPORT.format(statement=IMPORTED[candidate])]
         where = ["--url", server.url, "--stats", server.stats, "--ca", str(server.ca)]
         if candidate == "go":
             return [str(CLIENT), *where, case.scenario, *numbers]
@@ -116,16 +117,17 @@ class Setting:
 
     def profile(self, case: Case, candidate: str) -> list[tuple[str, float]] | str:
         """The functions that py-spy found the worker in most often, with their share of all samples; or why not."""
-        with (
-            TemporaryDirectory() as directory,
-            serve(self.kit, self.placement, self._demands(case, candidate)) as server,
-        ):
+        if "seconds" in case.parameters:
+            # Longer than for a figure, as the beginning is sampled too.
+            case = replace(case, parameters={**case.parameters, "seconds": 5})
+        with TemporaryDirectory() as directory:
             stacks = Path(directory, "stacks.txt")
-            command = sampler(stacks) + self.worker(server, case, candidate)
-            answer = self._output(command, case.limit + 30)
-            if not stacks.exists():
-                return answer if isinstance(answer, str) else "py-spy left nothing"
-            return _top(stacks.read_text())
+            try:
+                with serve(self.kit, self.placement, self._demands(case, candidate)) as server:
+                    self._output(sampler(stacks) + self.worker(server, case, candidate), 2 * case.limit)
+                return hot_functions(stacks.read_text())
+            except (OSError, RuntimeError, ValueError) as error:
+                return str(error)
 
     def _demands(self, case: Case, candidate: str) -> Demands:
         http1 = candidate in CANDIDATES and CANDIDATES[candidate].http1
@@ -145,11 +147,12 @@ class Setting:
             process.kill()
             out, _ = process.communicate()
             err = f"{TOO_SLOW} {limit:g} s"
-        if not out:
+        lines = [line for line in out.splitlines() if line.startswith("{")]
+        if not lines:
             return (err.strip() or f"exit status {process.returncode}").splitlines()[-1]
         if process.returncode != 0 or err:
             print(f"{' '.join(command[1:5])}: after its result:\n{err}", file=sys.stderr)
-        metrics: Mapping[str, float] = json.loads(out.splitlines()[0])
+        metrics: Mapping[str, float] = json.loads(lines[0])
         return metrics
 
 
@@ -160,13 +163,16 @@ def sampler(file: Path) -> list[str]:
     return [spy, "record", "--rate", "250", "--format", form, "--output", str(file.resolve()), "--"]
 
 
-def _top(stacks: str) -> list[tuple[str, float]]:
-    """By the innermost frame, without its line."""
+def hot_functions(stacks: str) -> list[tuple[str, float]]:
+    """Of py-spy's stacks: the innermost functions, whatever the line, the most frequent first, with their shares."""
     samples: Counter[str] = Counter()
     for line in stacks.splitlines():
         frames, _, count = line.rpartition(" ")
-        samples[frames.rpartition(";")[2].rpartition(":")[0] or frames] += int(count)
+        function = re.sub(r":\d+\)$", ")", frames.rpartition(";")[2])
+        samples[function or "(unknown)"] += int(count)
     total = sum(samples.values())
+    if not total:
+        raise ValueError("py-spy saw nothing")
     return [(function, count / total) for function, count in samples.most_common(TOP)]
 
 

@@ -21,7 +21,7 @@ from benchmarks.blocking import WORKLOADS as BLOCKING_WORKLOADS
 from benchmarks.candidates import CANDIDATES
 from benchmarks.codec import CANDIDATES as CODECS
 from benchmarks.compare import compare, source
-from benchmarks.measure import IMPORTED, ROOT, TOO_SLOW, Setting
+from benchmarks.measure import IMPORTED, ROOT, TOO_SLOW, Setting, hot_functions
 from benchmarks.page import PLOTS, TEMPLATE, key, write_page
 from benchmarks.plan import CASES, FIGURES, Case, Figure, Value, is_orientation
 from benchmarks.report import measure, records, tables, verdicts
@@ -160,6 +160,13 @@ def test_candidates_for_orientation_take_part_in_fewer_rounds() -> None:
     assert part["h2keep"] == part["pyreqwest"] == [1, 2, 3, 4]
     assert part["h2keep@trio"] == part["aiohttp"] == [1, 2, 3]
     assert part["niquests"] == [1]
+
+
+def test_a_profile_counts_innermost_functions() -> None:
+    stacks = "run (a.py:1);read (b.py:10) 6\nrun (a.py:1);read (b.py:12) 1\nrun (a.py:2) 2\nrun (a.py:2);unnamed 1\n"
+    assert hot_functions(stacks) == [("read (b.py)", 0.7), ("run (a.py)", 0.2), ("unnamed", 0.1)]
+    with pytest.raises(ValueError, match="nothing"):
+        hot_functions("")
 
 
 # The page
