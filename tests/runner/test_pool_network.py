@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,7 +15,7 @@ from hyperframe import frame as frames
 
 import h2keep
 from support.clock import virtual_time
-from support.pools import assert_at_rest
+from support.pools import assert_at_rest, pool_of
 from support.raw import GONE, Peer, RawServer, answering, task_group
 
 if TYPE_CHECKING:
@@ -395,3 +396,73 @@ async def test_k24_a_server_whose_every_connection_begins_with_goaway(count: int
         # Four for all, or for each hundred of which two went together.
         assert 4 <= len(server.peers) <= 4 * (count // 100 + 1)
         assert_at_rest(c)
+
+
+# All of it
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_k24_whatever_a_server_does_with_its_limits_nothing_is_processed_twice_or_forgotten(seed: int) -> None:
+    chance = random.Random(seed)
+    processed: list[str] = []
+
+    async def fickle(peer: Peer) -> None:
+        """Its limit changes all the time; what is beyond it is refused, and after sixty requests it says goodbye."""
+        limit = chance.choice([1, 3, 10])
+        busy = came = 0
+
+        async def change() -> None:
+            nonlocal limit
+            while True:
+                await anyio.sleep(chance.random() * 0.05)
+                limit = chance.choice([0, 1, 2, 5, 20])
+                await peer.send(peer.settings_frame({STREAMS: limit}))
+
+        async def answer(request: RawRequest) -> None:
+            nonlocal busy
+            await anyio.sleep(chance.random() * 0.02)
+            busy -= 1
+            await peer.respond(request.stream_id, body=b"ok")
+
+        async with task_group() as tasks:
+            tasks.start_soon(change)
+            while came < 60:
+                request = await peer.request()
+                await request.complete()
+                came += 1
+                if busy >= limit:
+                    await peer.rst(request.stream_id, REFUSED_STREAM)
+                    continue
+                busy += 1
+                processed.append(request.path)
+                tasks.start_soon(answer, request)
+            await peer.goaway(request.stream_id)
+            await peer.until(lambda: False)
+
+    errors: dict[str, h2keep.H2KeepError] = {}
+
+    async def work(worker: int) -> None:
+        for number in range(20):
+            path = f"/{worker}/{number}"
+            try:
+                await c.post(server.url + path, content=b"x" * 100)
+            except h2keep.H2KeepError as error:
+                errors[path] = error
+
+    async with RawServer.listen() as server, client(max_connections=3) as c:
+        server.serve(fickle, {STREAMS: 100})
+        async with anyio.create_task_group() as tasks:
+            for worker in range(16):
+                tasks.start_soon(work, worker)
+        assert len(processed) == len(set(processed))
+        # Four refusals in a row may happen to a request, and then it is told so.
+        assert set(processed).isdisjoint(errors)
+        assert len(processed) + len(errors) == 16 * 20
+        assert len(errors) < 16
+        for error in errors.values():
+            assert error.unprocessed
+            assert "4 attempts were made" in str(error)
+        # Pauses between dials may go on for a while.
+        await anyio.sleep(120.0)
+        assert_at_rest(c)
+        assert pool_of(c)._moving == 0
