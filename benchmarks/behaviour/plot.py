@@ -37,6 +37,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         figure = Figure(figsize=(12, 1.6 * rows), layout="constrained")
         for index, fault in enumerate(faults):
             axes = figure.add_subplot(rows, COLUMNS, index + 1)
+            axes.tick_params(labelleft=index % COLUMNS == 0)
             _draw_fault(axes, fault.title, {record.client: record for record in records if record.fault == fault.name})
         figure.savefig(path, metadata={"Date": None})
 

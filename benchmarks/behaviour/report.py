@@ -137,9 +137,20 @@ def render(results: Results) -> str:
         matrix=_overview(matrix),
         claims=_claims(matrix),
         lossy=_lossy(results.lossy),
-        unmeasured="".join(f"\nNot measured: {failure}.\n" for failure in results.failures),
+        caveats="".join(f"\n{caveat}.\n" for caveat in _caveats(results)),
         faults="\n".join(_section(matrix, fault) for fault in matrix.faults),
     )
+
+
+def _caveats(results: Results) -> Iterator[str]:
+    yield from (f"Not measured: {failure}" for failure in results.failures)
+    disturbed = [
+        f"{record.fault} of {CLIENTS[record.client]} by {record.disturbed:.1f} s"
+        for record in (*results.records, *(results.lossy or ()))
+        if record.disturbed
+    ]
+    if disturbed:
+        yield f"Disturbed, as the machine was too busy each time: {'; '.join(disturbed)}"
 
 
 def _claims(matrix: Matrix) -> str:

@@ -29,6 +29,8 @@ import h2.exceptions
 import h2.settings
 from hyperframe.frame import GoAwayFrame
 
+from benchmarks.behaviour.heartbeat import heartbeat
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -284,9 +286,11 @@ async def serve(cert: Path, window: int) -> None:
     listener = await loop.create_server(lambda: Connection(server), "127.0.0.1", 0)
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    beats = asyncio.create_task(heartbeat(lambda by: tell("late", by=by)))
     tell("listening", port=listener.sockets[0].getsockname()[1])
     while line := await reader.readline():
         server.obey(json.loads(line))
+    beats.cancel()
     # Without farewells.
     os._exit(0)
 

@@ -133,9 +133,12 @@ class TestPage:
 
     def test_it_says_what_is_missing(self) -> None:
         about = {"when": "today", "commit": None, "modified": True, "system": "any", "cores": 2, "python": "3"}
-        page = render(Results({**about, "versions": {}}, [record(failed(2.0))], None, ["goaway, go: no server"]))
+        disturbed = record(failed(2.0))
+        disturbed.disturbed = 0.44
+        page = render(Results({**about, "versions": {}}, [disturbed], None, ["goaway, go: no server"]))
         assert "permits no network namespaces" in page
         assert "Not measured: goaway, go: no server." in page
+        assert "too busy each time: blackhole-wait of h2keep, async by 0.4 s." in page
         assert "Every silent fault is detected in time: **holds in all 1 cells.**" in page
 
     @pytest.mark.parametrize(
