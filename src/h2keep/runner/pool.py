@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import islice
@@ -875,10 +876,10 @@ class Pool:
 
 def _enqueue(queue: deque[_Waiter], waiter: _Waiter) -> None:
     """In order of arrival: what was open on another connection goes before what came later."""
-    place = len(queue)
-    if waiter.again is not None:
-        place = next((i for i, other in enumerate(queue) if other.request.arrival > waiter.request.arrival), place)
-    queue.insert(place, waiter)
+    if waiter.again is None:
+        queue.append(waiter)
+    else:
+        queue.insert(bisect(queue, waiter.request.arrival, key=lambda other: other.request.arrival), waiter)
 
 
 def _retry_delays(retries: int) -> Iterator[float | None]:
