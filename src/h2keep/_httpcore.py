@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from h2keep._connections import Connections
-from h2keep._fallback import Body, Fallback, Where, marked, tcp_keepalive
-from h2keep._transport import (
+from h2keep._bridge import (
     AsyncBridge,
     Bridge,
     Library,
@@ -23,11 +21,13 @@ from h2keep._transport import (
     split_host,
     timeout_of,
 )
+from h2keep._connections import Connections
+from h2keep._fallback import Body, Fallback, Where, marked, tcp_keepalive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h2keep._transport import AnyStream
+    from h2keep._bridge import AnyStream
     from h2keep.keepalive import Keepalive
 
 __all__ = ["AsyncPool", "Pool", "pool_for"]

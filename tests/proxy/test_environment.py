@@ -17,7 +17,7 @@ import h2keep
 import h2keep.httpx
 import h2keep.httpx2
 from h2keep import _proxies
-from h2keep._transport import origin_of
+from h2keep._bridge import origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
