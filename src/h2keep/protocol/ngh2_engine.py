@@ -161,7 +161,7 @@ class Ngh2Engine:
         self._reset: dict[int, None] = {}
         self._next_id = 1
         #: RST_STREAM for streams that are over, for nghttp2 alone.
-        self._untold: list[bytes | memoryview] = []
+        self._untold: list[bytes] = []
         #: Sizes of the encoder's table since the last header block that went out: the smallest, the last.
         self._table_sizes: tuple[int, ...] = ()
         self._session = self._started()
@@ -195,7 +195,7 @@ class Ngh2Engine:
         if not self._greeted and end >= 9:
             self._greet(data)
         unpack = _HEADER.unpack_from
-        view = memoryview(data)
+        streams = self._streams
         while end - start >= 9:
             high, low, kind, flags, stream_id = unpack(data, start)
             length = (high << 8) | low
@@ -205,7 +205,12 @@ class Ngh2Engine:
             stop = start + 9 + length
             if end < stop:
                 break
-            self._receive_frame(kind, flags, stream_id & 0x7FFF_FFFF, view[start:stop])
+            stream_id &= 0x7FFF_FFFF
+            stream = streams.get(stream_id)
+            if kind == _DATA and stream is not None and not self._block_stream:
+                self._receive_data(flags, stream_id, stream, data[start + 9 : stop])
+            else:
+                self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
             start = stop
         self._partial = data[start:]
 
@@ -217,37 +222,33 @@ class Ngh2Engine:
             self._fail(ErrorCode.PROTOCOL_ERROR, "its first frame is not SETTINGS")
         self._greeted = True
 
-    def _receive_frame(self, kind: int, flags: int, stream_id: int, frame: memoryview) -> None:
+    def _receive_frame(self, kind: int, flags: int, stream_id: int, stream: _Stream | None, frame: bytes) -> None:
+        """Any frame but DATA on an open stream."""
         if self._block_stream and (kind != _CONTINUATION or stream_id != self._block_stream):
             self._fail(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
         if kind not in _UNDERSTOOD:
             return
         if not stream_id:
-            self._receive_control(kind, flags, bytes(frame[9:]))
-            return
-        stream = self._streams.get(stream_id)
-        if stream is None:
+            self._receive_control(kind, flags, frame[9:])
+        elif stream is None:
             self._receive_stray(kind, flags, stream_id, frame)
-        elif kind == _DATA:
-            self._receive_data(flags, stream_id, stream, frame)
         elif kind in (_HEADERS, _CONTINUATION):
             block = self._assemble(kind, flags, stream_id, frame)
             if block is not None:
                 self._receive_headers(stream_id, stream, block)
         elif kind == _RST_STREAM:
-            self._receive_reset(stream_id, bytes(frame))
+            self._receive_reset(stream_id, frame)
         elif kind == _WINDOW_UPDATE:
-            self._receive_credit(stream_id, stream, bytes(frame[9:]))
+            self._receive_credit(stream_id, stream, frame[9:])
         else:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: type {kind} on stream {stream_id}")
 
-    def _receive_data(self, flags: int, stream_id: int, stream: _Stream, frame: memoryview) -> None:
-        length = len(frame) - 9
-        start, stop = 9, len(frame)
+    def _receive_data(self, flags: int, stream_id: int, stream: _Stream, body: bytes) -> None:
+        length = len(body)
         if flags & _PADDED:
-            if not length or frame[9] >= length:
+            if not length or body[0] >= length:
                 self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
-            start, stop = 10, stop - frame[9]
+            body = body[1 : length - body[0]]
         self._charge(length)
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"DATA on stream {stream_id} after its end")
@@ -260,7 +261,7 @@ class Ngh2Engine:
             self._stream_error(stream_id, "a body before its head")
             return
         if stream.body_left is not None:
-            stream.body_left -= stop - start
+            stream.body_left -= len(body)
             if stream.body_left < 0 or (end_stream and stream.body_left):
                 self._handler.on_discarded(length)
                 self._stream_error(stream_id, f"a body that is not as long as it said ({stream.declared} bytes)")
@@ -268,7 +269,7 @@ class Ngh2Engine:
         if end_stream:
             self._tell_end(stream_id)
             self._note_end(stream_id, stream)
-        self._handler.on_data(stream_id, bytes(frame[start:stop]), length, end_stream)
+        self._handler.on_data(stream_id, body, length, end_stream)
 
     def _charge(self, length: int) -> None:
         """DATA came, for whatever stream: the connection's window pays, padding included."""
@@ -276,7 +277,7 @@ class Ngh2Engine:
         if self._receive_window < 0:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection's window allows")
 
-    def _assemble(self, kind: int, flags: int, stream_id: int, frame: memoryview) -> bytes | memoryview | None:
+    def _assemble(self, kind: int, flags: int, stream_id: int, frame: bytes) -> bytes | None:
         """All frames of a header block, None while CONTINUATIONs are due (bounds: K23)."""
         if kind == _HEADERS:
             self._block_flags = flags
@@ -290,7 +291,7 @@ class Ngh2Engine:
         elif not self._block_stream:
             self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
         parts = self._block_parts
-        parts.append(bytes(frame))
+        parts.append(frame)
         self._block_size += len(frame) - 9
         if len(parts) > 1 + _MAX_CONTINUATIONS or self._block_size > _MAX_HEADER_BLOCK:
             self._fail(
@@ -303,11 +304,12 @@ class Ngh2Engine:
         self._block_parts = []
         return b"".join(parts)
 
-    def _judge(self, block: bytes | memoryview) -> Any:
+    def _judge(self, block: bytes) -> Any:
         """What nghttp2 makes of a header block: its event; None if it has an objection, or if the stream is over."""
         session = self._session
         if self._untold:
-            block = b"".join([*self._untold, block])
+            self._untold.append(block)
+            block = b"".join(self._untold)
             self._untold.clear()
         try:
             session.receive_data(block)
@@ -335,7 +337,7 @@ class Ngh2Engine:
                 self._fail(error_code, reason or "a header block that can't be decoded")
             start = stop
 
-    def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes | memoryview) -> None:
+    def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes) -> None:
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream_id} after its end")
         end_stream = bool(self._block_flags & _END_STREAM)
@@ -463,7 +465,7 @@ class Ngh2Engine:
 
     # Streams that are not open
 
-    def _receive_stray(self, kind: int, flags: int, stream_id: int, frame: memoryview) -> None:
+    def _receive_stray(self, kind: int, flags: int, stream_id: int, frame: bytes) -> None:
         """A frame on a stream that is over, or never was."""
         if not stream_id & 1 or stream_id >= self._next_id:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame on stream {stream_id}, which was never opened")
