@@ -133,6 +133,7 @@ class Session:
     unavailable: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, object] = field(default_factory=dict)
     _slow: set[tuple[str, str, str]] = field(default_factory=set)
+    _took: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
     def probe(self) -> None:
         """Find out who can't take part at all; one that can't as a blocking client only is told of per case."""
@@ -162,7 +163,9 @@ class Session:
         key = (placement, case.name, candidate)
         if key in self._slow:
             return None
+        started = time.monotonic()
         outcome = setting.measure_calmly(case, candidate, self.patience)
+        self._took[key] = time.monotonic() - started
         if not isinstance(outcome, str):
             return outcome
         if outcome.startswith(TOO_SLOW):
@@ -171,6 +174,12 @@ class Session:
         self.failures.setdefault(placement, {}).setdefault(case.name, {})[candidate] = outcome
         print(f"{when}, {placement}, {case.name}, {candidate}: {outcome}", file=sys.stderr)
         return None
+
+    def expected(self, number: int) -> float:
+        """Seconds that a round will take, going by what its measurements took last time."""
+        cases = {case.name: case for case in self.cases}
+        keys = (key for key in self._took if key not in self._slow)
+        return sum(self._took[key] for key in keys if cases[key[1]].takes_part(key[2], number))
 
     def _candidates(self, case: Case) -> Sequence[str]:
         if self.asked is None:
@@ -205,8 +214,8 @@ def _run(options: argparse.Namespace) -> int:
             _write(options.json, facts, session, quick=options.quick)
             elapsed = time.monotonic() - started
             print(f"round {number} of {rounds} done after {elapsed:.0f} s", file=sys.stderr)
-            if options.minutes is not None and elapsed * (number + 1) / number > options.minutes * 60:
-                print(f"{number} rounds it is: another would not end in time", file=sys.stderr)
+            if options.minutes is not None and elapsed + session.expected(number + 1) > options.minutes * 60:
+                print("the next one would not end in time", file=sys.stderr)
                 break
         if options.profile_missed:
             session.profile_missed()

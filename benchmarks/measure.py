@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -140,13 +141,19 @@ class Setting:
         client = None if self.placement.client is None else frozenset({self.placement.client})
         pipe = subprocess.PIPE
         with on_cores(client):
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+            # A group of its own, as a sampler has the worker for a child.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, process_group=0
+            )
         try:
             out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             out, _ = process.communicate()
             err = f"{TOO_SLOW} {limit:g} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if not lines:
             return (err.strip() or f"exit status {process.returncode}").splitlines()[-1]

@@ -40,7 +40,7 @@ def write_page(report: Mapping[str, Any], output: Path) -> None:
     judged = verdicts(results, report["unavailable"])
     quick = report["about"]["quick"]
     parts = {
-        "about": _about(report["about"]),
+        "about": f"{_about(report['about'])}\n\n{_crowded(results)}",
         "figures": "A quick run judges nothing." if quick else _figures(judged),
         "missed": "" if quick else _missed(judged, results, report),
         "absent": _absent(report["unavailable"]),
@@ -73,6 +73,18 @@ def _about(about: Mapping[str, Any]) -> str:
     if about["quick"]:
         lines.append("**This was a quick run, which only looks whether all works: its numbers mean nothing.**")
     return "\n\n".join(lines)
+
+
+def _crowded(results: Results) -> str:
+    """Whether the server was ever what was measured."""
+    rows: list[str] = []
+    for case, name in ((each, name) for each in CASES for name in results.get(each.name, ())):
+        busy = reading(series(results, Value(case.name, name, "server_busy")))
+        if busy is not None and busy[0] > CROWDED:
+            rows.append(f"{case.name} {name}")
+    if not rows:
+        return f"The server was nobody's bottleneck: in no row's median were its cores more than {CROWDED:.0%} busy."
+    return f"The server was the bottleneck, its cores more than {CROWDED:.0%} busy, of: {', '.join(rows)}."
 
 
 def _case(case: Case, results: Results, failures: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:

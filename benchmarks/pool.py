@@ -5,7 +5,7 @@
     python -m benchmarks.pool --json benchmarks/results/pool.json --doc docs/pool.md
 
 * `goaway`: Go's own server says GOAWAY after every 200 requests on a connection, while 16 tasks or threads go on.
-* `caddy`: Caddy, a reverse proxy here, is given a new configuration every second, and then retires its connections.
+* `caddy`: Caddy, a reverse proxy here, is given a new configuration every half second, and retires its connections.
 
 It is about counts, not about speed: the time a candidate took is told, and says little. The Go server counts what it
 processes; behind Caddy it is the upstream. `--doc` puts the numbers into a page as tables.
@@ -292,10 +292,6 @@ def caddy(setting: Setting, candidate: Candidate) -> dict[str, Any]:
 
 
 FIGURES = {"goaway": goaway, "caddy": caddy}
-TITLES = {
-    "goaway": f"GOAWAY after every {EVERY} requests on a connection",
-    "caddy": "Caddy reloads its configuration again and again",
-}
 
 
 def _sentence(figure: str, name: str, result: Mapping[str, Any]) -> str:
@@ -307,7 +303,7 @@ def _sentence(figure: str, name: str, result: Mapping[str, Any]) -> str:
     )
 
 
-def _about() -> dict[str, object]:
+def _about(pause: float) -> dict[str, object]:
     caddy_version = subprocess.run(
         [str(Path(sys.executable).with_name("caddy")), "version"], capture_output=True, text=True, check=True
     )
@@ -317,17 +313,23 @@ def _about() -> dict[str, object]:
         "versions": {name: metadata.version(name) for name in ("h2keep", "h2", "httpx2", "httpcore2")},
         "caddy": caddy_version.stdout.split()[0],
         "workers": WORKERS,
+        "every": EVERY,
+        "pause": pause,
     }
 
 
 # The page
 
 
-def _table(figure: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(figure: str, results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     farewells, column = ("goodbyes", "GOAWAYs") if figure == "goaway" else ("reloads", "reloads")
+    title = {
+        "goaway": f"GOAWAY after every {about['every']} requests on a connection",
+        "caddy": f"Caddy reloads its configuration every {about['pause']:g} s",
+    }[figure]
     requests = max(result["requests"] for result in results.values())
     lines = [
-        f"**{TITLES[figure]}**, {WORKERS} at once, {requests:,} requests:",
+        f"**{title}**, {about['workers']} at once, {requests:,} requests:",
         "",
         f"| | failed | with | processed twice | {column} |",
         "|---|---|---|---|---|",
@@ -341,8 +343,8 @@ def _table(figure: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def write_tables(page: Path, report: Mapping[str, Any]) -> None:
     """Put the report's numbers between the page's two marks."""
-    tables = "\n\n".join(_table(figure, results) for figure, results in report["figures"].items())
     about = report["about"]
+    tables = "\n\n".join(_table(figure, results, about) for figure, results in report["figures"].items())
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     text = f"{tables}\n\nPython {about['python']}, {versions}, Caddy {about['caddy']}."
     marked = re.compile(r"(<!-- figures: .*? -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -358,14 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--candidates", nargs="+", metavar="NAME", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--quick", action="store_true", help="2,000 requests: for looking whether all works")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds between Caddy's reloads; default: 1")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between Caddy's reloads; default: 0.5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
     parser.add_argument("--doc", type=Path, metavar="PAGE", help="write the tables into PAGE, between its marks")
     options = parser.parse_args(arguments)
     unknown = set(options.figures) - set(FIGURES)
     if unknown:
         parser.error(f"no such figure: {', '.join(sorted(unknown))}")
-    report: dict[str, Any] = {"about": _about(), "figures": {}}
+    report: dict[str, Any] = {"about": _about(options.pause), "figures": {}}
     count = 2_000 if options.quick else options.requests
     with prepare() as (kit, server, context):
         setting = Setting(kit, server, context, count, options.pause)

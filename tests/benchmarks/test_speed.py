@@ -203,6 +203,7 @@ def test_the_page_is_made_of_the_results_alone(report: dict[str, Any], tmp_path:
     assert "0.50x where >= 0.85x was to be reached. The client's own CPU is what bounds it (99% of a core" in page
     assert "`feed (parser.py)` 25%" in page
     assert "| h2keep | 100 | - |" in page
+    assert "The server was nobody's bottleneck" in page
     assert "no result: it \\| fell over" in page
     assert "| h2keep-ngh2 | no such engine |" in page
     assert "*download* was not measured in this run." in page
