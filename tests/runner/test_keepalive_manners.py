@@ -169,16 +169,17 @@ async def test_k17_after_a_goaway_a_dead_peer_is_still_found(ends: Ends) -> None
 
 
 def tasks_of_connections() -> list[str]:
-    return [repr(task) for task in running_tasks() if "AnyioDriver" in repr(task)]
+    return [repr(task) for task in running_tasks() if "SocketDriver" in repr(task)]
 
 
 @pytest.mark.parametrize("end", ["closed", "lost", "ended by the server"])
-async def test_k14_k17_three_tasks_a_connection_and_none_outlives_it(ends: Ends, end: str) -> None:
+async def test_k14_k17_no_task_outlives_its_connection(ends: Ends, end: str, anyio_backend_name: str) -> None:
     async with ends.listen() as server, ends.client(keepalive=h2keep.Keepalive(while_idle=True)) as c:
         server.serve(answering())
         await c.get(server.url)
         [peer] = server.peers
-        assert len(tasks_of_connections()) == 3
+        # However many requests there are: asyncio's callbacks need but one, which notices the loop's end.
+        assert len(tasks_of_connections()) == {"asyncio": 1, "trio": 3}[anyio_backend_name]
         if end == "closed":
             await c.aclose()
         elif end == "lost":
