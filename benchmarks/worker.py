@@ -49,6 +49,8 @@ def main() -> None:
         print(json.dumps(metrics), flush=True)
 
     async def measure() -> None:
+        if (loop or "asyncio") not in CANDIDATES[name].loops:
+            raise ValueError(f"{name} can't run on {loop!r}")
         async with CANDIDATES[name].open(target) as client:
             # Before the client is closed: what goes wrong there must not hide what was measured.
             report({} if options.probe else await WORKLOADS[options.scenario](client, parameters))

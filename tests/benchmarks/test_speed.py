@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
+from benchmarks.__main__ import Session
 from benchmarks.blocking import CANDIDATES as BLOCKING
 from benchmarks.blocking import WORKLOADS as BLOCKING_WORKLOADS
 from benchmarks.candidates import CANDIDATES
@@ -268,13 +269,23 @@ def test_a_candidate_that_hangs_costs_its_time_limit(kit: Kit) -> None:
 
 
 @SLOW
+def test_it_is_not_tried_again_and_the_others_go_on(kit: Kit) -> None:
+    cases = [replace(SHORT, limit=0.01), replace(CASE["codec"], parameters={"seconds": 0.01})]
+    session = Session({"free": Setting(kit, ANYWHERE, quick=False)}, cases, ["h2keep"], patience=0)
+    session.round(1)
+    session.round(2)
+    assert session.results["free"]["rr@1"] == {"h2keep": [None, None]}
+    assert session.failures == {"free": {"rr@1": {"h2keep": f"{TOO_SLOW} 0.01 s"}}}
+    assert len([metrics for metrics in session.results["free"]["codec"]["h2keep"] if metrics]) == 2
+    assert session.expected(3) == session.expected(2) > 0
+
+
+@SLOW
 def test_a_candidate_that_fails_says_why(kit: Kit) -> None:
-    case = replace(CASE["rr@16"], parameters=SHORT.parameters)
-    # A server that speaks HTTP/1.1 is not what this one is given.
-    answer = Setting(kit, ANYWHERE, quick=False).measure(replace(case, parameters={}), "h2keep")
-    assert answer == "KeyError: 'warmup'"
-    missing = Setting(kit, ANYWHERE, quick=False).missing(case, "nobody")
-    assert missing == "KeyError: 'nobody'"
+    setting = Setting(kit, ANYWHERE, quick=False)
+    assert setting.measure(replace(SHORT, parameters={}), "h2keep") == "KeyError: 'warmup'"
+    assert setting.missing(SHORT, "nobody") == "KeyError: 'nobody'"
+    assert setting.missing(SHORT, "pyreqwest@trio") == "ValueError: pyreqwest can't run on 'trio'"
 
 
 @SLOW
