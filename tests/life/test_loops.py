@@ -259,8 +259,8 @@ gc.collect()
 asyncio.run(own.aclose())
 """,
     "trio after asyncio": """
-import trio
 asyncio.run(get())
+import trio
 trio.run(get)
 asyncio.run(own.aclose())
 """,
