@@ -42,8 +42,13 @@ def pool_for(
     """What to put in the place of `stock`, the pool that the library `name` has made with the same `options`.
 
     `limited` tells whether the limits are the author's own; else connections are kept as long as h2keep keeps them.
-    Raises `ValueError` or `TypeError` for options that httpx takes and h2keep doesn't.
+    Raises `ValueError` or `TypeError` for options that httpx takes and h2keep doesn't, ImportError for SOCKS proxies
+    without python-socks.
     """
+    library = importlib.import_module(f"h2keep.{name}").library
+    proxy = options["proxy"]
+    # The environment's are the clients' own affair, who give them to transports as arguments.
+    proxy_for = None if proxy is None else library.proxy_for(proxy, trust_env=options["trust_env"])
     connections = Connections(
         options["verify"],
         keepalive=keepalive,
@@ -55,13 +60,17 @@ def pool_for(
         socket_options=options["socket_options"],
         event_hook=None,
         retries=options["retries"],
+        proxy_for=proxy_for,
     )
-    library = importlib.import_module(f"h2keep.{name}").library
+    fallback = Fallback(name, http1=not _only_http2(options), uds=options["uds"], proxy_for=proxy_for)
+    # The transport has seen to it; httpcore gives the socket to a proxy no options.
+    has_tcp_keepalive = options["uds"] is None and proxy_for is None and bool(tcp_keepalive(keepalive))
     kind = AsyncPool if hasattr(stock, "handle_async_request") else Pool
-    return kind(library, stock, connections, options, keepalive)
+    return kind(library, stock, connections, fallback, has_tcp_keepalive=has_tcp_keepalive)
 
 
 def _only_http2(options: Mapping[str, Any]) -> bool:
+    # http2=False, their default, is not obeyed: nobody can tell it from no choice.
     return bool(options["http2"]) and not options["http1"]
 
 
@@ -73,16 +82,15 @@ class _StandIn(Requests):
         library: Library,
         stock: Any,
         connections: Connections,
-        options: Mapping[str, Any],
-        keepalive: Keepalive,
+        fallback: Fallback,
+        *,
+        has_tcp_keepalive: bool,
     ) -> None:
-        # The transport has seen to it.
-        self._tcp_keepalive = options["uds"] is None and bool(tcp_keepalive(keepalive))
         self._library = library
         self._stock = stock
         self._connections = connections
-        # http2=False, their default, is not obeyed: nobody can tell it from no choice.
-        self._fallback = Fallback(library.name, http1=not _only_http2(options), uds=options["uds"])
+        self._fallback = fallback
+        self._tcp_keepalive = has_tcp_keepalive
         self._make_response = importlib.import_module(_CORES[library.name]).Response
 
     def __getattr__(self, name: str) -> Any:

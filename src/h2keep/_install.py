@@ -92,7 +92,7 @@ class _Seam:
 
     def _set_up(self, transport: Any, keepalive: Keepalive, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         options = self._options(transport, args, kwargs)
-        if options is None or options["proxy"] is not None:
+        if options is None:
             self._original(transport, *args, **kwargs)
             return
         # Once, for both pools.
@@ -113,7 +113,7 @@ class _Seam:
                 options,
                 limited=options["limits"] is not self._default_limits,
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             # The program isn't ours to break.
             log.warning("a transport of %s is left as it is, without PINGs: %s", self._library.__name__, error)
 

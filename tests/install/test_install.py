@@ -141,15 +141,20 @@ class TestWho:
             assert is_ours(await client.get(f"{hypercorn.url}/echo"))
         assert seen == ["/echo"]
 
-    async def test_nobody_with_a_proxy(self, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_those_with_a_proxy(self, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
         h2keep.install()
+        ours = "<h2keep in the place of "
         proxied = front.core.HTTPProxy if front.threaded else front.core.AsyncHTTPProxy
         async with front.client(proxy="http://127.0.0.1:9/") as client:
-            assert type(client.real._transport_for_url(front.module.URL("https://a.example"))._pool) is proxied
+            pool = client.real._transport_for_url(front.module.URL("https://a.example"))._pool
+            assert repr(pool).startswith(ours)
+            assert type(pool._stock) is proxied
         monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9/")
         async with front.client(trust_env=True) as client:
-            assert type(client.real._transport_for_url(front.module.URL("https://a.example"))._pool) is proxied
-            assert repr(client.real._transport._pool).startswith("<h2keep in the place of ")
+            pool = client.real._transport_for_url(front.module.URL("https://a.example"))._pool
+            assert repr(pool).startswith(ours)
+            assert type(pool._stock) is proxied
+            assert repr(client.real._transport._pool).startswith(ours)
 
     async def test_what_h2keep_cannot_do_stays_as_it_is(
         self, front: Front, hypercorn: Server, client_ssl: ssl.SSLContext, caplog: pytest.LogCaptureFixture
