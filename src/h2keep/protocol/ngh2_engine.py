@@ -65,9 +65,12 @@ _HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE 
 _SETTING_MAX_FRAME_SIZE, _MAX_HEADER_LIST_SIZE, _ENABLE_CONNECT_PROTOCOL = 5, 6, 8
 
 _NO_LIMIT = 2**32 - 1
+#: The most that the encoder's table may hold, in bytes, whatever the peer allows.
+_LARGEST_TABLE = 4_096
 _CONFIGURATION = ngh2.Configuration(
     peer_max_concurrent_streams=_NO_LIMIT,
     max_send_header_block_length=2**30,
+    max_deflate_dynamic_table_size=_LARGEST_TABLE,
     max_continuations=_MAX_CONTINUATIONS,
     # These two by the clock, and bytes that are the same must have the same outcome; K23 has bounds of its own.
     glitch_rate_limit=(2**63, 2**63),
@@ -85,8 +88,6 @@ _SETTINGS_WITHIN = {
 }
 _SECRET = b"proxy-authorization"
 _PLACEHOLDER: Headers = []
-#: The most that nghttp2 lets its encoder's table hold, in bytes.
-_LARGEST_TABLE = 4_096
 #: Streams whose end nghttp2 isn't told yet, at most.
 _MAX_UNTOLD = 256
 _FILLER = bytes(64 * 1024)
