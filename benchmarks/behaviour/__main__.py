@@ -141,7 +141,7 @@ async def _measure(
                     continue
                 if best is None or record.disturbed < best.disturbed:
                     best = record
-                if not best.disturbed:
+                if best.disturbed == 0.0:
                     break
             if best is None:
                 failures.append(failure)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.behaviour.adapters import Patience
 from benchmarks.behaviour.faults import SEVERAL, Fault
-from benchmarks.behaviour.heartbeat import heartbeat
+from benchmarks.behaviour.heartbeat import LATE, heartbeat, waited
 from benchmarks.behaviour.judge import Attempt, Record
 from benchmarks.behaviour.relay import Relay, Way
 
@@ -213,8 +213,10 @@ class Cell:
                 self._worker = await Process.start(self._worker_command(), self._note)
                 try:
                     await self.until(lambda: any(e["event"] == "ready" for e in self._events))
+                    before = waited(self._worker.process.pid)
                     await self._fault.script(self)
                     await self.settled()
+                    self._note_late(waited(self._worker.process.pid) - before)
                     await self._probe()
                 finally:
                     await self._worker.kill()
@@ -296,7 +298,8 @@ class Cell:
         self._wake()
 
     def _note_late(self, by: float) -> None:
-        self._disturbed = max(self._disturbed, by)
+        if by > LATE:
+            self._disturbed = max(self._disturbed, by)
 
     def _note_forgotten(self) -> None:
         self.forgotten.append(time.monotonic())

@@ -49,7 +49,7 @@ class Record:
     #: How often each request's head came to where a request is processed, even later on.
     arrivals: dict[int, int]
     pings: list[float] = field(default_factory=list)
-    #: By how many seconds harness or server once woke late: see `heartbeat`.
+    #: By how many seconds a busy machine delayed harness, server or client: see `heartbeat`.
     disturbed: float = 0.0
     #: When bytes came out of the client and when they came to it; those that the path swallowed.
     up: list[float] = field(default_factory=list)
