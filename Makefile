@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Tests start hundreds of Pythons, none of which should compile anew what another has.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: bench bench-behaviour bench-quick demo test lint
 
 demo: $(STAMP)

@@ -490,7 +490,7 @@ async def test_each_line_comes_as_soon_as_it_is_complete(
         for _ in range(3):
             got = anyio.Event()
             await peer.send_data(request.stream_id, b"event" + end)
-            with anyio.fail_after(5):
+            with anyio.fail_after(60.0):
                 await got.wait()
         await peer.send_data(request.stream_id, b"", end_stream=True)
 
@@ -655,7 +655,7 @@ async def test_a_client_that_is_closed_with_requests_in_flight_ends_them(server:
         await peer.handshake()
         await peer.request()
         await client.aclose()
-        with anyio.fail_after(5):
+        with anyio.fail_after(60.0):
             await failed.wait()
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 #: What a client that nobody closed says for itself; that it says so, and when, is tested elsewhere.
 LEFT_OPEN = "an h2keep client or transport was never closed"
 #: A program that hasn't ended after so many seconds hangs.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 PRELUDE = """
 import asyncio, contextlib, sys

@@ -313,7 +313,7 @@ os._exit(0)
         eventually(lambda: server.peers[0].ended, "the server sees the end")
         process.stdin.close()
         process.stdin = None
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 def test_forks_in_many_threads_at_once(server_ssl: ssl.SSLContext, ca_path: Path) -> None:

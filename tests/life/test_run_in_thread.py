@@ -40,7 +40,7 @@ def client(**options: Any) -> h2keep.AsyncClient:
 
 
 async def until(condition: Any, what: str = "") -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(60.0):
         while not condition():  # noqa: ASYNC110
             await anyio.sleep(0.005)
 

@@ -405,7 +405,7 @@ class TestEnds:
             await server.accept()
             pool = pool_of(c)
             assert pool._scopes
-            with anyio.fail_after(5.0):
+            with anyio.fail_after(60.0):
                 async with anyio.create_task_group() as closing:
                     for _ in range(closers):
                         closing.start_soon(pool.aclose)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["background_threads", "eventually", "nothing_left", "run_script", "start_script"]
 
 #: The longest that a condition is waited for, in seconds: far more than any of them takes.
-_PATIENCE = 15.0
+_PATIENCE = 60.0
 _ROOT = Path(__file__).parent.parent.parent
 
 
@@ -77,7 +77,7 @@ def start_script(source: str, *args: object, dev: bool = True) -> subprocess.Pop
     )
 
 
-def run_script(source: str, *args: object, dev: bool = True, timeout: float = 15.0) -> subprocess.CompletedProcess[str]:
+def run_script(source: str, *args: object, dev: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run it to its end; see `start_script`."""
     process = start_script(source, *args, dev=dev)
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _MEASURED = ("tests/protocol/", "tests/unit/")
 #: What chance reaches is not held to anything.
-_RANDOM = ("test_fuzz.py", "test_keepalive_properties.py", "test_schedules.py")
+_RANDOM = ("test_fuzz.py", "test_keepalive_properties.py", "test_schedules.py", "random_schedules")
 
 
 def _controller(config: pytest.Config) -> Any:
@@ -36,7 +36,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """Measure this test, or don't."""
     controller = _controller(item.config)
     if controller is not None:
-        measured = item.nodeid.startswith(_MEASURED) and item.path.name not in _RANDOM
+        measured = item.nodeid.startswith(_MEASURED) and not any(name in item.nodeid for name in _RANDOM)
         if measured and not controller.started:
             controller.resume()
         elif controller.started and not measured:

@@ -41,7 +41,7 @@ __all__ = ["Relay", "Server", "ServerFactory", "forgetful"]
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 60.0
 _ATTEMPTS = 3
 _TESTS = Path(__file__).parent.parent
 _BIN = Path(sys.executable).parent

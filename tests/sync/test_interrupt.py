@@ -235,7 +235,7 @@ def test_a_real_signal_from_another_process(kind: str) -> None:
             eventually(lambda: server.peers and server.peers[0].requests, "the request came")
             time.sleep(0.2)
             process.send_signal(signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=10)
+            stdout, stderr = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise AssertionError(process.communicate()) from None
