@@ -144,7 +144,7 @@ class TestItsConnections:
 
     def test_the_variables_have_their_effect_and_options_go_before_them(self, hypercorn: Server, ca_path: Path) -> None:
         code = "import sys, httpx; print(httpx.get(sys.argv[1]).extensions['h2keep'].pings_sent)"
-        program = ["--", sys.executable, "-c", code, f"{hypercorn.url}/slow?seconds=0.7"]
+        program = ["--", sys.executable, "-c", code, f"{hypercorn.url}/slow?seconds=1.5"]
         settings = {"SSL_CERT_FILE": str(ca_path), "H2KEEP_READ_IDLE_TIMEOUT": "0.2"}
         assert int(start(*RUN, *program, **settings).stdout) >= 1
         assert int(start(*RUN, "--read-idle-timeout", "20", *program, **settings).stdout) == 0
