@@ -20,7 +20,7 @@ from h2keep._fallback import Body, Where
 from h2keep._proxies import always, from_environment
 from h2keep.protocol.headers import CONNECTION_SPECIFIC
 from h2keep.runner.dial import Origin
-from h2keep.runner.pool import Limits
+from h2keep.runner.limits import Limits
 from h2keep.runner.proxy import Proxy
 from h2keep.runner.request import Timeout
 

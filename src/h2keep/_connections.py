@@ -27,7 +27,8 @@ from h2keep.runner import background, dial
 from h2keep.runner.dial import DialOptions, Origin, SocketOption
 from h2keep.runner.eventloop import native_loop
 from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
-from h2keep.runner.pool import Limits, Pool
+from h2keep.runner.limits import Limits
+from h2keep.runner.pool import Pool
 from h2keep.runner.request import REPLAY_BUFFER, PoolRequest, Timeout
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
-    from h2keep.runner.pool import Limits
+    from h2keep.runner.limits import Limits
     from h2keep.runner.proxy import Proxy
     from h2keep.runner.stream import Http2Stream
 

@@ -14,7 +14,7 @@ from h2keep._bridge import AsyncBridge, Bridge, Requests, extensions_of, limits_
 from h2keep._connections import Connections
 from h2keep._fallback import Body, Fallback, OwnTransports, Where
 from h2keep.keepalive import Keepalive
-from h2keep.runner.pool import Limits
+from h2keep.runner.limits import Limits
 from h2keep.runner.request import REPLAY_BUFFER
 
 if TYPE_CHECKING:

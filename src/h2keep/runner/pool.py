@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +35,16 @@ from h2keep.runner import eventloop
 from h2keep.runner.connection import EventHook, Http2Connection, log
 from h2keep.runner.dial import DialOptions, Origin, Transport, dial
 from h2keep.runner.driver import start_driver
-from h2keep.runner.request import PoolRequest, Timeout, is_seconds
+from h2keep.runner.origin import PAUSES, OriginState, Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from h2keep.runner.limits import Limits
+    from h2keep.runner.request import PoolRequest
     from h2keep.runner.stream import Http2Stream
 
-__all__ = ["Limits", "Pool", "PoolRequest", "Timeout"]
+__all__ = ["Pool"]
 
 #: A hedge starts no sooner than this after the first waiter came, in seconds (K9).
 _LEAST_HEDGE_DELAY = 0.2
@@ -57,100 +57,6 @@ _REFUSED_DELAY = 0.1
 _FREE_DRAINING = 2
 #: A replacement for an aged connection may take this long to connect, in seconds (K22).
 _REPLACEMENT_TIMEOUT = 10.0
-#: Between attempts to make another connection while there are some that take requests, in seconds: the first pause, and
-#: the longest; each is twice as long as the one before.
-_PAUSES = (1.0, 60.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How many connections, and for how long. The names and meanings are httpx's, the default expiry is longer.
-
-    Raises `ValueError` if a number of connections is neither None nor an integer above 0 (for `max_connections`) or
-    from 0 on (for `max_keepalive_connections`), or the expiry neither None nor a number from 0 on.
-    """
-
-    #: Connections at most, None for any number.
-    max_connections: int | None = 100
-    #: Connections at most that are kept while unused, None for any number.
-    max_keepalive_connections: int | None = 20
-    #: Seconds after which an unused connection is closed, None for never.
-    keepalive_expiry: float | None = 300.0
-    #: Seconds after which a connection is replaced, whether it is in use or not, None for never (K22).
-    max_connection_age: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_connections", 1), ("max_keepalive_connections", 0)):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and value >= least):
-                raise ValueError(f"limits: {name} must be None or an integer from {least} on, not {value!r}")
-        expiry = self.keepalive_expiry
-        if expiry is not None and not is_seconds(expiry):
-            raise ValueError(f"limits: keepalive_expiry must be None or a number of seconds from 0 on, not {expiry!r}")
-        age = self.max_connection_age
-        if age is not None and not (is_seconds(age) and age > 0):
-            raise ValueError(f"limits: max_connection_age must be None or a number of seconds above 0, not {age!r}")
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    """A request in an origin's queue."""
-
-    request: PoolRequest
-    parker: eventloop.Parker
-    #: What moves, if it was open on another connection before (K24).
-    again: Http2Stream | None = None
-    stream: Http2Stream | None = None
-    error: BaseException | None = None
-    #: Gave up: cancelled or timed out.
-    gone: bool = False
-
-    async def served(self, seconds: float | None) -> bool:
-        """Wait at most so long until there is a stream, or an error."""
-        with anyio.move_on_after(seconds):
-            while self.stream is None and self.error is None:
-                await self.parker.park()
-        return self.stream is not None or self.error is not None
-
-
-@dataclass(slots=True, eq=False)
-class _OriginState:
-    """What the pool knows of one origin."""
-
-    origin: Origin
-    memory: IntervalMemory | None
-    #: Streams that its next connection is expected to take: as many as the server allowed last, at most 100.
-    streams: int = ASSUMED_STREAMS
-    #: Connections that take requests and have room, the one that served last at the end.
-    available: OrderedDict[Http2Connection, None] = field(default_factory=OrderedDict)
-    #: Connections that must prove to be alive before they get a request (K9).
-    unverified: OrderedDict[Http2Connection, None] = field(default_factory=OrderedDict)
-    connections: set[Http2Connection] = field(default_factory=set)
-    #: Connections that take no new requests, or will soon, as they are being replaced (K22).
-    draining: set[Http2Connection] = field(default_factory=set)
-    queue: deque[_Waiter] = field(default_factory=deque)
-    #: Waiters in the queue that have not given up.
-    waiting: int = 0
-    dials: int = 0
-    #: How many requests the unverified ones will have room for; None if that is to be counted anew.
-    expected: int | None = None
-    #: A hedge is due or under way (K9c).
-    hedging: bool = False
-    #: A dial failed while other connections take requests: it is too early for another one.
-    pausing: bool = False
-    #: How long the next such pause is, in seconds.
-    pause: float = _PAUSES[0]
-    #: The last dial's failure, until something succeeds.
-    failure: BaseException | None = None
-    #: If that was the connect timeout: how long it was. Who allows more may still have it.
-    patience: float = math.inf
-    lost: ConnectionLost | None = None
-
-    def wanted(self) -> int:
-        """Dials that the queue needs; but one at a time while they fail, or lead to a server that allows no streams."""
-        if not self.streams or self.pause > _PAUSES[0]:
-            return min(self.waiting, 1)
-        return -(-self.waiting // self.streams)
 
 
 class Pool:
@@ -171,11 +77,11 @@ class Pool:
         self._hook = hook
         self._engine = engine
         self._random = random.SystemRandom()
-        self._origins: dict[Origin, _OriginState] = {}
-        self._states: dict[Http2Connection, _OriginState] = {}
+        self._origins: dict[Origin, OriginState] = {}
+        self._states: dict[Http2Connection, OriginState] = {}
         self._idle: OrderedDict[Http2Connection, None] = OrderedDict()
         #: Origins whose queue wants a dial that max_connections forbids now.
-        self._starved: OrderedDict[_OriginState, None] = OrderedDict()
+        self._starved: OrderedDict[OriginState, None] = OrderedDict()
         self._dials = 0
         #: Draining connections that don't count against max_connections.
         self._free = 0
@@ -220,12 +126,11 @@ class Pool:
         if self._closed:
             raise ConnectError("the client has been closed")
         state = self._state(request.origin)
-        waiter = _Waiter(request, self.loop.parker(), again)
+        waiter = Waiter(request, self.loop.parker(), again)
         if not state.waiting:
             # What went wrong for those before is not what goes wrong for this one.
             state.failure = state.lost = None
-        _enqueue(state.queue, waiter)
-        state.waiting += 1
+        state.enqueue(waiter)
         try:
             self._serve(state)
             if waiter.stream is None and waiter.error is None:
@@ -235,13 +140,14 @@ class Pool:
                 waiter.stream.close()
             raise
         finally:
-            self._leave(state, waiter)
+            state.leave(waiter)
+            self._tidy(state)
         if waiter.error is not None:
             raise waiter.error
         assert waiter.stream is not None
         return waiter.stream
 
-    async def _wait(self, state: _OriginState, waiter: _Waiter) -> None:
+    async def _wait(self, state: OriginState, waiter: Waiter) -> None:
         """Wait to be served: for a dial under the connect timeout, else for room under the pool timeout."""
         timeout = waiter.request.timeout
         if state.dials >= state.wanted() and not state.unverified:
@@ -261,21 +167,6 @@ class Pool:
         """How long all attempts to connect may take together."""
         delays = list(_retry_delays(self._options.retries))
         return None if timeout is None else timeout * len(delays) + sum(delay or 0.0 for delay in delays)
-
-    def _leave(self, state: _OriginState, waiter: _Waiter) -> None:
-        if waiter.stream is None and waiter.error is None:
-            self._give_up(state, waiter)
-        while state.queue and state.queue[0].gone:
-            state.queue.popleft()
-        if len(state.queue) > 2 * state.waiting + 64:
-            # Those who gave up behind somebody who waits for long would fill it.
-            state.queue = deque(waiter for waiter in state.queue if not waiter.gone)
-        self._tidy(state)
-
-    def _give_up(self, state: _OriginState, waiter: _Waiter) -> None:
-        if not waiter.gone:
-            waiter.gone = True
-            state.waiting -= 1
 
     # Sending again (K24)
 
@@ -316,15 +207,15 @@ class Pool:
 
     # Choosing
 
-    def _state(self, origin: Origin) -> _OriginState:
+    def _state(self, origin: Origin) -> OriginState:
         state = self._origins.get(origin)
         if state is None:
             configured = self._keepalive.read_idle_timeout
-            state = _OriginState(origin, None if configured is None else IntervalMemory(configured))
+            state = OriginState(origin, None if configured is None else IntervalMemory(configured))
             self._origins[origin] = state
         return state
 
-    def _tidy(self, state: _OriginState) -> None:
+    def _tidy(self, state: OriginState) -> None:
         """Forget an origin of which nothing is left, unless it has taught us something (K13)."""
         if state.connections or state.queue or state.dials or state.hedging:
             return
@@ -332,7 +223,7 @@ class Pool:
             self._origins.pop(state.origin, None)
             self._starved.pop(state, None)
 
-    def _choose(self, state: _OriginState) -> Http2Connection | None:
+    def _choose(self, state: OriginState) -> Http2Connection | None:
         """A verified connection with room, the one with the most recent life first (K9)."""
         while state.available:
             connection = next(reversed(state.available))
@@ -346,7 +237,7 @@ class Pool:
 
     def _open(
         self,
-        state: _OriginState,
+        state: OriginState,
         connection: Http2Connection,
         request: PoolRequest,
         again: Http2Stream | None = None,
@@ -359,7 +250,7 @@ class Pool:
             self._classify(state, connection)
             self._note_idle(connection)
 
-    def _classify(self, state: _OriginState, connection: Http2Connection) -> None:
+    def _classify(self, state: OriginState, connection: Http2Connection) -> None:
         """Put a connection where `_choose` will find it, or not."""
         if connection not in state.connections:
             return
@@ -375,13 +266,13 @@ class Pool:
         elif connection not in state.available and connection not in state.unverified:
             state.available[connection] = None
 
-    def _serve(self, state: _OriginState) -> None:
+    def _serve(self, state: OriginState) -> None:
         """Open as many waiting requests as there is room for, then see that there will be room for the rest."""
         while state.queue:
             first = state.queue[0]
             if first.again is not None and not first.again.replayable:
                 # Its requester gave up, and the task that moves it hasn't heard of that yet.
-                self._give_up(state, first)
+                state.give_up(first)
             if first.gone:
                 state.queue.popleft()
                 continue
@@ -403,7 +294,7 @@ class Pool:
         if state.waiting:
             self._make_room(state)
 
-    def _make_room(self, state: _OriginState) -> None:
+    def _make_room(self, state: OriginState) -> None:
         if state.unverified:
             # Once for all who come while the answers are outstanding: it looks at every unverified connection.
             if state.expected is None or not (state.hedging or state.dials):
@@ -426,7 +317,7 @@ class Pool:
             self._starved[state] = None
 
     def _count_draining(
-        self, state: _OriginState, connection: Http2Connection, change: Callable[[Http2Connection], None]
+        self, state: OriginState, connection: Http2Connection, change: Callable[[Http2Connection], None]
     ) -> None:
         """Add a connection to the draining ones, or take it from them (K22)."""
         most = max(_FREE_DRAINING, self._limits.max_connections or 0)
@@ -450,7 +341,7 @@ class Pool:
             next(iter(self._idle)).close()
         return self._is_below_limit()
 
-    def _fail_waiters(self, state: _OriginState, error: BaseException, patience: float = math.inf) -> None:
+    def _fail_waiters(self, state: OriginState, error: BaseException, patience: float = math.inf) -> None:
         """Fail those that allow no more than `patience` for connecting."""
         queue, state.queue = state.queue, deque()
         for waiter in queue:
@@ -466,7 +357,7 @@ class Pool:
 
     # Verifying (K9)
 
-    def _verify(self, state: _OriginState) -> None:
+    def _verify(self, state: OriginState) -> None:
         """One PING on each unverified connection, and a dial if none answers soon."""
         asked = False
         delay = _LEAST_HEDGE_DELAY
@@ -478,7 +369,7 @@ class Pool:
             state.hedging = True
             self._spawn(lambda: self._hedge(state, delay if asked else 0.0))
 
-    async def _hedge(self, state: _OriginState, delay: float) -> None:
+    async def _hedge(self, state: OriginState, delay: float) -> None:
         try:
             await anyio.sleep(delay)
             busy = any(connection.protocol.open_streams for connection in state.unverified)
@@ -489,7 +380,7 @@ class Pool:
             self._settle_failure(state)
             self._tidy(state)
 
-    def _settle_failure(self, state: _OriginState) -> None:
+    def _settle_failure(self, state: OriginState) -> None:
         """Fail the waiters if everything that could have served them is out (K9e)."""
         if not state.waiting or state.dials or state.hedging or state.available or state.unverified:
             return
@@ -505,7 +396,7 @@ class Pool:
 
     # Dialling
 
-    def _start_dial(self, state: _OriginState) -> None:
+    def _start_dial(self, state: OriginState) -> None:
         state.dials += 1
         self._dials += 1
         self._starved.pop(state, None)
@@ -522,7 +413,7 @@ class Pool:
         self._spawn(run)
 
     async def _dial(
-        self, state: _OriginState, timeout: float | None, *, replaces: bool = False
+        self, state: OriginState, timeout: float | None, *, replaces: bool = False
     ) -> Http2Connection | None:
         """Make a connection, which was counted in `dials`; one that replaces another is used when it is ready (K22)."""
         failure: BaseException | None = None
@@ -554,7 +445,7 @@ class Pool:
             await self._await_settings(connection, timeout, deadline)
         return connection
 
-    def _dial_later(self, state: _OriginState) -> None:
+    def _dial_later(self, state: OriginState) -> None:
         """A dial failed. Those who wait for room on other connections still want one of their own, but not at once."""
         if not state.waiting or state.dials or state.hedging or state.unverified or state.pausing:
             return
@@ -562,10 +453,10 @@ class Pool:
         state.failure = None
         self._pause(state)
 
-    def _pause(self, state: _OriginState) -> None:
+    def _pause(self, state: OriginState) -> None:
         """No dial for a while, while there are other connections; each time a longer one."""
         self._starved.pop(state, None)
-        pause, longest = state.pause, _PAUSES[1]
+        pause, longest = state.pause, PAUSES[1]
         state.pausing = True
         state.pause = min(2 * pause, longest)
 
@@ -578,7 +469,7 @@ class Pool:
 
         self._spawn(run)
 
-    async def _connect(self, state: _OriginState, timeout: float | None) -> tuple[Transport, float]:
+    async def _connect(self, state: OriginState, timeout: float | None) -> tuple[Transport, float]:
         """A transport, and when its SETTINGS are due. Each attempt that `retries` allows has the whole timeout."""
         origin = state.origin
         for delay in _retry_delays(self._options.retries):
@@ -610,7 +501,7 @@ class Pool:
                 )
             )
 
-    def _adopt(self, state: _OriginState, transport: Transport, *, ready: bool) -> Http2Connection:
+    def _adopt(self, state: OriginState, transport: Transport, *, ready: bool) -> Http2Connection:
         """Take a new connection in; one that isn't to be used yet will be, as soon as its SETTINGS come."""
         if self._closed:
             raise ConnectError("the client has been closed")
@@ -623,7 +514,7 @@ class Pool:
         connection.protocol.assumed_streams = state.streams
         state.failure = state.lost = None
         if state.streams:
-            state.pause = _PAUSES[0]
+            state.pause = PAUSES[0]
         state.connections.add(connection)
         self._states[connection] = state
         if ready and state.streams:
@@ -640,7 +531,7 @@ class Pool:
 
     # Age (K22)
 
-    async def _age(self, state: _OriginState, connection: Http2Connection, age: float) -> None:
+    async def _age(self, state: OriginState, connection: Http2Connection, age: float) -> None:
         """Replace a connection when it has lived for so long; it ends when its last request has."""
         await self._live_on(connection, age)
         if connection.protocol.accepting:
@@ -656,10 +547,10 @@ class Pool:
                 await anyio.sleep(seconds)
             self._ages.pop(connection, None)
 
-    async def _replace(self, state: _OriginState, connection: Http2Connection) -> None:
+    async def _replace(self, state: OriginState, connection: Http2Connection) -> None:
         """Connect anew, if that is of use. Until there is a replacement the old connection takes requests."""
         began = self.loop.time()
-        pause, longest = _PAUSES
+        pause, longest = PAUSES
         while connection.protocol.accepting and self._is_wanted(state, connection):
             if self._is_below_limit():
                 state.dials += 1
@@ -673,7 +564,7 @@ class Pool:
             await self._live_on(connection, pause)
             pause = min(2 * pause, longest)
 
-    def _is_wanted(self, state: _OriginState, connection: Http2Connection) -> bool:
+    def _is_wanted(self, state: OriginState, connection: Http2Connection) -> bool:
         """Whether a connection is in use, so that a replacement will be."""
         interval = self._keepalive.read_idle_timeout
         recently = math.inf if interval is None else interval
@@ -713,7 +604,7 @@ class Pool:
         if state is not None:
             self._use_interval(state, connection)
 
-    def _use_interval(self, state: _OriginState, connection: Http2Connection) -> None:
+    def _use_interval(self, state: OriginState, connection: Http2Connection) -> None:
         """What an hour without another punishment brings reaches a connection when it is used (K13)."""
         if connection.protocol.keepalive.interval != self._keepalive.read_idle_timeout and state.memory is not None:
             connection.use_interval(state.memory.current(self.loop.time()))
@@ -743,7 +634,7 @@ class Pool:
         for other in state.connections:
             other.use_interval(after)
 
-    def _remove(self, state: _OriginState, connection: Http2Connection) -> None:
+    def _remove(self, state: OriginState, connection: Http2Connection) -> None:
         del self._states[connection]
         self._orphaned = self._orphaned or connection.orphaned
         if connection in state.unverified and isinstance(connection.protocol.error, ConnectionLost):
@@ -772,7 +663,7 @@ class Pool:
 
     # Unused connections
 
-    def _trim(self, state: _OriginState) -> None:
+    def _trim(self, state: OriginState) -> None:
         """A hedge may have taken us over max_connections: one without requests makes way, of the same origin (K9d)."""
         limit = self._limits.max_connections
         if limit is not None and self._counted() - self._dials > limit and self._idle:
@@ -872,14 +763,6 @@ class Pool:
 
         self.loop.spawn(scoped, ended=ended)
         self._scopes.add(scope)
-
-
-def _enqueue(queue: deque[_Waiter], waiter: _Waiter) -> None:
-    """In order of arrival: what was open on another connection goes before what came later."""
-    if waiter.again is None:
-        queue.append(waiter)
-    else:
-        queue.insert(bisect(queue, waiter.request.arrival, key=lambda other: other.request.arrival), waiter)
 
 
 def _retry_delays(retries: int) -> Iterator[float | None]:
