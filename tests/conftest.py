@@ -8,6 +8,7 @@ import ssl
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import hypothesis
 import pytest
 import trustme
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest_plugins = ["support.coverage_gate", "support.leaks", "support.servers"]
+
+# The same examples for everybody, however slow the machine is today.
+hypothesis.settings.register_profile(
+    "h2keep", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("h2keep")
 
 
 def pytest_configure() -> None:
