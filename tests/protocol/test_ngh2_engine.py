@@ -13,6 +13,7 @@ from hyperframe import frame as frames
 import h2keep
 import h2keep.httpx
 import h2keep.httpx2
+from h2keep.errors import RemoteProtocolError
 from h2keep.keepalive import Keepalive
 from h2keep.protocol import events
 from h2keep.protocol.engines import engine_named
@@ -206,6 +207,7 @@ def test_streams_that_were_reset_are_remembered_up_to_a_bound() -> None:
     for stream_id in range(1, 2 * 70_000, 2):
         engine.send_request(stream_id, REQUEST, end_stream=True)
         engine.forget(stream_id)
-    assert len(engine._reset) == 65_536
-    assert next(iter(engine._reset)) == 2 * (70_000 - 65_536) + 1
+    engine.receive(b"\0\0\0\4\0\0\0\0\0" + frames.DataFrame(stream_id, data=b"late").serialize())
+    with pytest.raises(RemoteProtocolError, match="stream 1 after its end"):
+        engine.receive(frames.DataFrame(1, data=b"much too late").serialize())
     assert not engine._streams

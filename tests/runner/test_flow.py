@@ -427,7 +427,8 @@ async def test_k23_a_flood_of_tiny_frames_leaves_others_their_turns() -> None:
             steps = ticker.steps()
             # No more than a first read can hold, and less after it has taken long.
             assert max(steps) * len(frame) <= 3 * _FIRST_READ
-            assert len(steps) > 130_000 * len(frame) // _FIRST_READ
+            # Twice that on average is what a fast engine comes to, which is done long before its time is up.
+            assert len(steps) > 130_000 * len(frame) // (2 * _FIRST_READ)
             assert len(await response.aread()) == 130_000
 
 
