@@ -91,11 +91,10 @@ def test_streams_are_made_by_begin_new_stream_with_both_initial_windows() -> Non
     assert not stream.closed
 
 
-def test_closed_streams_remember_how_they_were_closed(client: h2.connection.H2Connection) -> None:
+def test_a_closed_stream_says_how_it_was_closed(client: h2.connection.H2Connection) -> None:
     client.reset_stream(1)
     assert client.streams[1].closed
-    client._closed_streams[1] = client.streams.pop(1).closed_by
-    assert client._stream_is_closed_by_reset(1)
+    assert client.streams[1].closed_by is h2.stream.StreamClosedBy.SEND_RST_STREAM
 
 
 def test_the_connections_window_pays_for_data(client: h2.connection.H2Connection) -> None:

@@ -13,7 +13,6 @@ from hyperframe import frame as frames
 import h2keep
 import h2keep.httpx
 import h2keep.httpx2
-from h2keep.errors import RemoteProtocolError
 from h2keep.keepalive import Keepalive
 from h2keep.protocol import events
 from h2keep.protocol.engines import engine_named
@@ -200,14 +199,3 @@ def test_trailers_announce_the_size_of_the_table_if_they_come_first(sizes: list[
     for stream_id in (3, 5):
         block = parsed(engine.send_request(stream_id, fields, end_stream=True))[0].data
         assert list(decoder.decode(block, raw=True)) == fields
-
-
-def test_streams_that_were_reset_are_remembered_up_to_a_bound() -> None:
-    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
-    for stream_id in range(1, 2 * 70_000, 2):
-        engine.send_request(stream_id, REQUEST, end_stream=True)
-        engine.forget(stream_id)
-    engine.receive(b"\0\0\0\4\0\0\0\0\0" + frames.DataFrame(stream_id, data=b"late").serialize())
-    with pytest.raises(RemoteProtocolError, match="stream 1 after its end"):
-        engine.receive(frames.DataFrame(1, data=b"much too late").serialize())
-    assert not engine._streams

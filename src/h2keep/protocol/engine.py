@@ -8,13 +8,35 @@ Everything that is peculiar to one library stays behind this line.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from h2keep.errors import RemoteProtocolError
     from h2keep.protocol.events import Headers
 
-__all__ = ["Engine", "EngineHandler", "ErrorCode"]
+__all__ = ["Engine", "EngineHandler", "ErrorCode", "ResetStreams"]
+
+
+class ResetStreams:
+    """The last streams that were reset: late frames for these are no offence (RFC 9113, section 5.4.2)."""
+
+    __slots__ = ("_ids",)
+
+    #: Many more than can be reset within a round trip.
+    _MOST = 4_096
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, stream_id: int) -> None:
+        """It was reset, by either side."""
+        self._ids[stream_id] = None
+        if len(self._ids) > self._MOST:
+            self._ids.popitem(last=False)
+
+    def __contains__(self, stream_id: int) -> bool:
+        return stream_id in self._ids
 
 
 class ErrorCode:

@@ -34,7 +34,7 @@ import hyperframe.exceptions
 from hyperframe import frame as frames
 
 from h2keep.errors import RemoteProtocolError
-from h2keep.protocol.engine import EngineHandler, ErrorCode
+from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
 from h2keep.protocol.hpack_memory import DecodedBlock, Decoder, Encoder
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ _Inputs = h2.stream.StreamInputs
 _SEND_HEADERS, _SEND_DATA, _SEND_END = _Inputs.SEND_HEADERS, _Inputs.SEND_DATA, _Inputs.SEND_END_STREAM
 _RECV_HEADERS, _RECV_END = _Inputs.RECV_HEADERS, _Inputs.RECV_END_STREAM
 _OPEN, _CLOSED = h2.stream.StreamState.OPEN, h2.stream.StreamState.CLOSED
+_BY_RESET = (h2.stream.StreamClosedBy.SEND_RST_STREAM, h2.stream.StreamClosedBy.RECV_RST_STREAM)
 #: The states in which a response comes.
 _RECEIVING = (_OPEN, h2.stream.StreamState.HALF_CLOSED_LOCAL)
 
@@ -87,6 +88,7 @@ class H2Engine:
         self.max_frame_size = _MAX_FRAME_SIZE
         self._h2 = self._configured(initial_window)
         self._streams = self._h2.streams
+        self._reset = ResetStreams()
         self._h2.initiate_connection()
         self._h2.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN
         self.send_window_update(0, connection_window - 65_535)
@@ -380,7 +382,7 @@ class H2Engine:
         if kind in (_RST_STREAM, _WINDOW_UPDATE):
             # Sent before the peer knew that the stream is over (RFC 9113, section 5.1).
             return
-        if not self._h2._stream_is_closed_by_reset(stream_id):  # noqa: SLF001
+        if stream_id not in self._reset:
             self._fail(ErrorCode.STREAM_CLOSED, f"a frame on stream {stream_id} after its end")
         if kind == _DATA:
             self._charge(len(body))
@@ -399,7 +401,8 @@ class H2Engine:
         stream = self._streams.get(stream_id)
         if stream is not None and stream.state_machine.state is _CLOSED:
             del self._streams[stream_id]
-            self._h2._closed_streams[stream_id] = stream.closed_by  # noqa: SLF001
+            if stream.closed_by in _BY_RESET:
+                self._reset.add(stream_id)
 
     def _stream_error(self, stream_id: int, error: h2.exceptions.ProtocolError) -> None:
         """A malformed response: the end of one stream."""

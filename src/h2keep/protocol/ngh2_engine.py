@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import ngh2
 
 from h2keep.errors import RemoteProtocolError
-from h2keep.protocol.engine import EngineHandler, ErrorCode
+from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
 
 if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
@@ -48,8 +48,6 @@ _MAX_HEADER_BLOCK = 64 * 1024
 _MAX_CONTINUATIONS = 64
 _MAX_WINDOW = 2**31 - 1
 _DEFAULT_WINDOW = 65_535
-#: Streams that were reset are remembered, so that late frames are told from nonsense; no more than this many.
-_MAX_REMEMBERED = 2**16
 
 # Frame types and flags (RFC 9113, section 6).
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -159,7 +157,7 @@ class Ngh2Engine:
         self._send_window = _DEFAULT_WINDOW
         self._streams: dict[int, _Stream] = {}
         #: Closed by a reset, oldest first.
-        self._reset: dict[int, None] = {}
+        self._reset = ResetStreams()
         self._next_id = 1
         #: RST_STREAM for streams that are over, for nghttp2 alone.
         self._untold: list[bytes] = []
@@ -571,9 +569,7 @@ class Ngh2Engine:
     def forget(self, stream_id: int) -> None:
         del self._streams[stream_id]
         self._tell_end(stream_id)
-        self._reset[stream_id] = None
-        if len(self._reset) > _MAX_REMEMBERED:
-            del self._reset[next(iter(self._reset))]
+        self._reset.add(stream_id)
 
     def send_ping(self, payload: bytes) -> None:
         self._out.append(_frame(_PING, 0, 0, payload))
