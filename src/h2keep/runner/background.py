@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import selectors
+import sys
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -29,6 +33,11 @@ __all__ = ["BackgroundLoop", "Lease", "lease", "refuse_to_wait"]
 
 #: How long the thread's end is waited for, in seconds: at exit, a fork, and the last client's close.
 _PATIENCE = 1.0
+#: A thread that gets the interpreter and keeps it for this share of its switch interval computes, and is not yielded to
+#: for so many seconds.
+_COMPUTES = 0.8
+_YIELDS_NOT = 1.0
+_yield: Callable[[], object] = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 _lock = threading.Lock()
 _current: BackgroundLoop | None = None
@@ -154,6 +163,7 @@ class BackgroundLoop:
         self._jobs: deque[Callable[[], object]] = deque()
         self._scheduled = False
         self._rung: deque[Callable[[], object]] = deque()
+        self._yields_from = 0.0
         self.leases: set[Lease] = set()
         #: The last lease was given back.
         self.ending = False
@@ -234,6 +244,20 @@ class BackgroundLoop:
         rung, self._rung = self._rung, deque()
         for answer in rung:
             answer()
+        if len(rung) > 1:
+            self._let_callers_run()
+
+    def _let_callers_run(self) -> None:
+        """Callers that were woken together ask again together, if they get hold of the interpreter first.
+
+        Their requests then leave in one write. Not where some thread computes: it would keep the interpreter for its
+        whole switch interval each time.
+        """
+        now = self._asyncio.time()
+        if now >= self._yields_from:
+            _yield()
+            if self._asyncio.time() - now >= _COMPUTES * sys.getswitchinterval():
+                self._yields_from = now + _YIELDS_NOT
 
     # The thread
 
