@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import ssl
 import threading
 import time
@@ -71,6 +72,31 @@ class TestSharing:
         with threaded(answering()) as server, client() as own:
             assert in_threads(50, work) == [b"ok"] * 50
             assert len(server.peers) == 1
+
+    @pytest.mark.parametrize("computing", [False, True])
+    def test_callers_that_were_woken_together_run_first_unless_a_thread_computes(
+        self, computing: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        yields: list[float] = []
+
+        def make_way() -> None:
+            yields.append(time.monotonic())
+            # As long as a computing thread would keep the interpreter.
+            time.sleep(0.05 if computing else 0)
+
+        def work(_: int) -> None:
+            for _ in range(10):
+                barrier.wait(20)
+                assert own.get(server.url).content == b"ok"
+
+        monkeypatch.setattr(background, "_yield", make_way)
+        barrier = threading.Barrier(10)
+        with threaded(answering()) as server, client() as own:
+            own.get(server.url)
+            in_threads(10, work)
+        assert yields
+        if computing:
+            assert all(after - before >= 1.0 for before, after in itertools.pairwise(yields))
 
     def test_threads_do_not_get_each_others_answers(self, granian: Server, client_ssl: ssl.SSLContext) -> None:
         def work(number: int) -> bool:
