@@ -295,8 +295,8 @@ def download(client: Client, p: Parameters) -> Metrics:
 def storm(client: Client, p: Parameters) -> Metrics:
     """Many threads, of whose requests every third is given up at a random moment; again and again.
 
-    `grown` is by how much more memory is in use after the last round than after the second, as a share: the rounds
-    before let caches and the allocator settle.
+    `grown` is by how much more memory is in use after the last three rounds than after those from the second to the
+    fourth, as a share of medians: the first lets caches settle, and single rounds show the allocator's moods.
     """
     rounds: list[float] = []
     done = [0, 0]
@@ -325,7 +325,8 @@ def storm(client: Client, p: Parameters) -> Metrics:
     total = p.count("rounds") * p.count("concurrency") * p.count("requests")
     if len(rounds) != p.count("rounds") or abs(sum(done) - total) > total // 100:
         raise RuntimeError(f"{total} requests were to be made, {done} were")
-    return window.metrics(total) | {"grown": rounds[-1] / rounds[1] - 1, "resident_mib": rounds[-1] / MIB}
+    grown = percentile(rounds[-3:], 0.5) / percentile(rounds[1:4], 0.5) - 1
+    return window.metrics(total) | {"grown": grown, "resident_mib": rounds[-1] / MIB}
 
 
 WORKLOADS: Mapping[str, Callable[[Client, Parameters], Metrics]] = {
