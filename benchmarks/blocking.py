@@ -21,6 +21,7 @@ from benchmarks.workloads import (
     Parameters,
     Window,
     latencies,
+    percentile,
     rates,
     resident,
 )
