@@ -41,7 +41,7 @@ import trustme
 
 import h2keep
 import h2keep.httpx2
-from benchmarks.server import GO_ENVIRONMENT, HERE, Kit
+from benchmarks.server import HERE, Kit, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,9 +165,7 @@ class Server:
 @contextlib.contextmanager
 def prepare() -> Iterator[tuple[Kit, Server, ssl.SSLContext]]:
     """The Go server, built and running, and a context that trusts it."""
-    go = Path(sys.executable).with_name("go")
-    command = [str(go) if go.exists() else "go", "build", "-o", str(BINARY), "."]
-    subprocess.run(command, cwd=SOURCE, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+    build(SOURCE, BINARY)
     with TemporaryDirectory(prefix="h2keep-pool-") as directory:
         kit = Kit(Path(directory, "server.pem"), Path(directory, "ca.pem"))
         authority = trustme.CA()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -66,13 +67,22 @@ class Kit:
     ca: Path
 
 
+def build(source: Path, binary: Path) -> None:
+    """Build a Go program; Go's own cache makes that quick when nothing has changed."""
+    go = Path(sys.executable).with_name("go")
+    command = [str(go) if go.exists() else "go", "build", "-o", str(binary), "."]
+    binary.parent.mkdir(exist_ok=True)
+    # Tests run in several processes: none may run what another is still writing.
+    with binary.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, cwd=source, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+
+
 @contextmanager
 def prepare() -> Iterator[Kit]:
-    """Build both; Go's own cache makes that quick when nothing has changed."""
-    go = Path(sys.executable).with_name("go")
+    """Build both, and make a certificate."""
     for binary in (SERVER, CLIENT):
-        command = [str(go) if go.exists() else "go", "build", "-o", str(binary), "."]
-        subprocess.run(command, cwd=HERE / binary.name, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+        build(HERE / binary.name, binary)
     with TemporaryDirectory(prefix="h2keep-benchmarks-") as directory:
         kit = Kit(Path(directory, "server.pem"), Path(directory, "ca.pem"))
         authority = trustme.CA()

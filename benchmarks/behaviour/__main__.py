@@ -25,7 +25,7 @@ from benchmarks.behaviour.faults import FAULTS, Fault
 from benchmarks.behaviour.judge import Record, judge
 from benchmarks.behaviour.network import ENTER, Network, addresses, permitted
 from benchmarks.behaviour.report import CLIENTS, Results, outcome, render
-from benchmarks.server import GO_ENVIRONMENT, Kit
+from benchmarks.server import Kit, build
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,11 +99,8 @@ def write_page() -> int:
 
 
 def build_go_client() -> None:
-    """Go's own cache makes it quick when nothing has changed."""
-    go = Path(sys.executable).with_name("go")
-    command = [str(go) if go.exists() else "go", "build", "-o", str(GO_CLIENT), "."]
-    source = Path(__file__).with_name("goclient")
-    subprocess.run(command, cwd=source, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+    """The one client that is no Python."""
+    build(Path(__file__).with_name("goclient"), GO_CLIENT)
 
 
 def measure(faults: Sequence[Fault], clients: Sequence[str], jobs: int, *, lossy: bool = False) -> dict[str, Any]:
