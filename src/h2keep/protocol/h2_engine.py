@@ -19,7 +19,6 @@ tests in tests/protocol/test_h2_contract.py passed on.
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import h2.config
@@ -35,6 +34,29 @@ from hyperframe import frame as frames
 
 from h2keep.errors import RemoteProtocolError
 from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
+from h2keep.protocol.framing import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    LARGEST_WINDOW,
+    MAX_CONTINUATIONS,
+    MAX_FRAME_SIZE,
+    MAX_HEADER_BLOCK,
+    PADDED,
+    PING,
+    PRIORITY,
+    RST_STREAM,
+    SETTINGS,
+    UNDERSTOOD,
+    WINDOW_UPDATE,
+    frame_header,
+    objection_to_greeting,
+    unpack_header,
+)
 from h2keep.protocol.hpack_memory import DecodedBlock, Decoder, Encoder
 
 if TYPE_CHECKING:
@@ -42,20 +64,6 @@ if TYPE_CHECKING:
 
 __all__ = ["H2Engine"]
 
-_HEADER = struct.Struct(">HBBBL")
-_MAX_FRAME_SIZE = 16_384
-_LARGEST_WINDOW = 2**31 - 1
-_MAX_HEADER_BLOCK = 64 * 1024
-_MAX_CONTINUATIONS = 64
-
-# Frame types and flags (RFC 9113, section 6).
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-_END_STREAM = _ACK = 0x1
-_END_HEADERS = 0x4
-_PADDED = 0x8
-_PRIORITY = 0x20
-# PRIORITY, ALTSVC and extension frames ask nothing of a client and are skipped (RFC 9113, section 5.5).
-_UNDERSTOOD = frozenset(range(10)) - {2}
 
 _KNOWN_SETTINGS = frozenset(h2.settings.SettingCodes)
 _NOT_MODIFIED = 304
@@ -83,9 +91,9 @@ class H2Engine:
         self._block_ends = False
         self._block_parts: list[bytes] = []
         self._encoder = Encoder()
-        self._decoder = Decoder(_MAX_HEADER_BLOCK)
+        self._decoder = Decoder(MAX_HEADER_BLOCK)
         self.max_concurrent_streams: int | None = None
-        self.max_frame_size = _MAX_FRAME_SIZE
+        self.max_frame_size = MAX_FRAME_SIZE
         self._h2 = self._configured(initial_window)
         self._streams = self._h2.streams
         self._reset = ResetStreams()
@@ -111,7 +119,7 @@ class H2Engine:
             initial_values={
                 codes.ENABLE_PUSH: 0,
                 codes.INITIAL_WINDOW_SIZE: initial_window,
-                codes.MAX_HEADER_LIST_SIZE: _MAX_HEADER_BLOCK,
+                codes.MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK,
             },
         )
         connection.encoder = self._encoder
@@ -127,10 +135,10 @@ class H2Engine:
         if not self._greeted and end >= 9:
             self._greet(data)
         while end - start >= 9:
-            high, low, kind, flags, stream_id = _HEADER.unpack_from(data, start)
+            high, low, kind, flags, stream_id = unpack_header(data, start)
             length = (high << 8) | low
-            if length > _MAX_FRAME_SIZE:
-                reason = f"a frame of {length} bytes, above the limit of {_MAX_FRAME_SIZE}"
+            if length > MAX_FRAME_SIZE:
+                reason = f"a frame of {length} bytes, above the limit of {MAX_FRAME_SIZE}"
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, reason)
             if end - start < 9 + length:
                 break
@@ -139,27 +147,25 @@ class H2Engine:
         self._partial = data[start:]
 
     def _greet(self, data: bytes) -> None:
-        """The first frame must be SETTINGS (RFC 9113, section 3.4)."""
-        if data.startswith(b"HTTP/1."):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "it answers in HTTP/1.1")
-        if data[3] != _SETTINGS or data[4] & _ACK:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "its first frame is not SETTINGS")
+        objection = objection_to_greeting(data)
+        if objection is not None:
+            self._fail(ErrorCode.PROTOCOL_ERROR, objection)
         self._greeted = True
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, body: bytes) -> None:
-        if self._block_stream and (kind != _CONTINUATION or stream_id != self._block_stream):
+        if self._block_stream and (kind != CONTINUATION or stream_id != self._block_stream):
             self._fail(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
-        if kind not in _UNDERSTOOD:
+        if kind not in UNDERSTOOD:
             return
         if stream_id and stream_id not in self._streams:
             self._receive_stray(kind, flags, stream_id, body)
-        elif kind == _DATA:
+        elif kind == DATA:
             self._receive_data(flags, stream_id, body)
-        elif kind in (_HEADERS, _CONTINUATION):
+        elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, body)
             if block is not None:
                 self._receive_headers(stream_id, block)
-        elif kind == _WINDOW_UPDATE and len(body) == 4:
+        elif kind == WINDOW_UPDATE and len(body) == 4:
             self._receive_window_update(flags, stream_id, body)
         else:
             self._receive_control(kind, flags, stream_id, body)
@@ -167,18 +173,18 @@ class H2Engine:
     def _receive_window_update(self, flags: int, stream_id: int, body: bytes) -> None:
         increment = int.from_bytes(body) & 0x7FFF_FFFF
         owner = self._streams[stream_id] if stream_id else self._h2
-        if 0 < increment <= _LARGEST_WINDOW - owner.outbound_flow_control_window:
+        if 0 < increment <= LARGEST_WINDOW - owner.outbound_flow_control_window:
             owner.outbound_flow_control_window += increment
             self._handler.on_window_opened(stream_id)
         else:
             # What is wrong with it is h2's to say.
-            self._receive_control(_WINDOW_UPDATE, flags, stream_id, body)
+            self._receive_control(WINDOW_UPDATE, flags, stream_id, body)
 
     def _receive_data(self, flags: int, stream_id: int, body: bytes) -> None:
         length = len(body)
-        if flags & _PADDED or not stream_id:
-            body = cast("frames.DataFrame", self._parse(_DATA, flags, stream_id, body)).data
-        end_stream = bool(flags & _END_STREAM)
+        if flags & PADDED or not stream_id:
+            body = cast("frames.DataFrame", self._parse(DATA, flags, stream_id, body)).data
+        end_stream = bool(flags & END_STREAM)
         self._charge(length)
         stream = self._streams[stream_id]
         machine = stream.state_machine
@@ -211,23 +217,23 @@ class H2Engine:
 
     def _assemble(self, kind: int, flags: int, stream_id: int, body: bytes) -> bytes | None:
         """The whole header block, None while CONTINUATIONs are due (bounds: K23)."""
-        if kind == _HEADERS:
-            if flags & (_PADDED | _PRIORITY) or not stream_id:
-                body = cast("frames.HeadersFrame", self._parse(_HEADERS, flags, stream_id, body)).data
-            self._block_ends = bool(flags & _END_STREAM)
-            if flags & _END_HEADERS:
+        if kind == HEADERS:
+            if flags & (PADDED | PRIORITY) or not stream_id:
+                body = cast("frames.HeadersFrame", self._parse(HEADERS, flags, stream_id, body)).data
+            self._block_ends = bool(flags & END_STREAM)
+            if flags & END_HEADERS:
                 return body
             self._block_stream = stream_id
         elif not self._block_stream:
             self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
         parts = self._block_parts
         parts.append(body)
-        if len(parts) > 1 + _MAX_CONTINUATIONS or sum(map(len, parts)) > _MAX_HEADER_BLOCK:
+        if len(parts) > 1 + MAX_CONTINUATIONS or sum(map(len, parts)) > MAX_HEADER_BLOCK:
             self._fail(
                 ErrorCode.ENHANCE_YOUR_CALM,
-                f"a header block above {_MAX_HEADER_BLOCK} bytes or {_MAX_CONTINUATIONS} CONTINUATIONs",
+                f"a header block above {MAX_HEADER_BLOCK} bytes or {MAX_CONTINUATIONS} CONTINUATIONs",
             )
-        if not flags & _END_HEADERS:
+        if not flags & END_HEADERS:
             return None
         block = b"".join(parts)
         self._block_stream = 0
@@ -331,38 +337,38 @@ class H2Engine:
 
     def _receive_control(self, kind: int, flags: int, stream_id: int, body: bytes) -> None:
         frame: Any = self._parse(kind, flags, stream_id, body)
-        if kind == _GOAWAY:
+        if kind == GOAWAY:
             self._receive_goaway(frame)
             return
-        if kind == _SETTINGS:
+        if kind == SETTINGS:
             # h2 would keep each unknown one, and the peer has 65,536 of them.
             frame.settings = {code: value for code, value in frame.settings.items() if code in _KNOWN_SETTINGS}
         events = self._feed(frame)
-        if kind == _WINDOW_UPDATE:
+        if kind == WINDOW_UPDATE:
             if any(isinstance(event, h2.events.StreamReset) for event in events):
                 self._tidy(stream_id)
                 error = RemoteProtocolError("the server overflowed the stream's flow-control window")
                 self._handler.on_stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR, error)
             else:
                 self._handler.on_window_opened(stream_id)
-        elif kind == _SETTINGS:
+        elif kind == SETTINGS:
             self._receive_settings(frame, flags)
-        elif kind == _RST_STREAM:
+        elif kind == RST_STREAM:
             self._tidy(stream_id)
             self._handler.on_reset(stream_id, frame.error_code)
-        elif kind == _PING and flags & _ACK:
+        elif kind == PING and flags & ACK:
             self._handler.on_ping_acknowledged(frame.opaque_data)
         else:
             # A PING, that is: h2 has refused PUSH_PROMISE.
             self._handler.on_reply_queued()
 
     def _receive_settings(self, frame: frames.SettingsFrame, flags: int) -> None:
-        if flags & _ACK:
+        if flags & ACK:
             self._handler.on_settings_acknowledged()
             return
         code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
         self.max_concurrent_streams = frame.settings.get(code, self.max_concurrent_streams)
-        self.max_frame_size = min(self._h2.max_outbound_frame_size, _MAX_FRAME_SIZE)
+        self.max_frame_size = min(self._h2.max_outbound_frame_size, MAX_FRAME_SIZE)
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
@@ -379,15 +385,15 @@ class H2Engine:
         """A frame on a stream that is over, or never was."""
         if not stream_id & 1 or stream_id > self._h2.highest_outbound_stream_id:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame on stream {stream_id}, which was never opened")
-        if kind in (_RST_STREAM, _WINDOW_UPDATE):
+        if kind in (RST_STREAM, WINDOW_UPDATE):
             # Sent before the peer knew that the stream is over (RFC 9113, section 5.1).
             return
         if stream_id not in self._reset:
             self._fail(ErrorCode.STREAM_CLOSED, f"a frame on stream {stream_id} after its end")
-        if kind == _DATA:
+        if kind == DATA:
             self._charge(len(body))
             self._handler.on_discarded(len(body))
-        elif kind in (_HEADERS, _CONTINUATION):
+        elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, body)
             if block is not None:
                 # Nobody reads it, but the peer's HPACK encoder has moved on, and our decoder must follow.
@@ -438,14 +444,14 @@ class H2Engine:
         """HEADERS and, unbroken, the CONTINUATIONs that it needs (K5)."""
         block = self._encoder.block(headers)
         size = self.max_frame_size
-        flags = _END_STREAM if end_stream else 0
+        flags = END_STREAM if end_stream else 0
         if len(block) <= size:
-            return _frame_header(len(block), _HEADERS, flags | _END_HEADERS, stream_id) + block
-        parts = [_frame_header(size, _HEADERS, flags, stream_id), block[:size]]
+            return frame_header(len(block), HEADERS, flags | END_HEADERS, stream_id) + block
+        parts = [frame_header(size, HEADERS, flags, stream_id), block[:size]]
         for start in range(size, len(block), size):
             part = block[start : start + size]
             last = start + size >= len(block)
-            parts += [_frame_header(len(part), _CONTINUATION, _END_HEADERS if last else 0, stream_id), part]
+            parts += [frame_header(len(part), CONTINUATION, END_HEADERS if last else 0, stream_id), part]
         return b"".join(parts)
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:
@@ -458,7 +464,7 @@ class H2Engine:
         if end_stream:
             stream.state_machine.process_input(_SEND_END)
             self._tidy(stream_id)
-        return _frame_header(length, _DATA, _END_STREAM if end_stream else 0, stream_id)
+        return frame_header(length, DATA, END_STREAM if end_stream else 0, stream_id)
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
         self._h2.reset_stream(stream_id, error_code)
@@ -493,10 +499,6 @@ class H2Engine:
             data = self._out + data
             self._out = b""
         return data
-
-
-def _frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
-    return _HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
 
 
 def _is_status(value: bytes) -> bool:

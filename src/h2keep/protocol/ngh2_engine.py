@@ -29,6 +29,29 @@ import ngh2
 
 from h2keep.errors import RemoteProtocolError
 from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
+from h2keep.protocol.framing import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    LARGEST_WINDOW,
+    MAX_CONTINUATIONS,
+    MAX_FRAME_SIZE,
+    MAX_HEADER_BLOCK,
+    PADDED,
+    PING,
+    PRIORITY,
+    RST_STREAM,
+    SETTINGS,
+    UNDERSTOOD,
+    WINDOW_UPDATE,
+    frame_header,
+    objection_to_greeting,
+    unpack_header,
+)
 
 if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
@@ -37,26 +60,12 @@ __all__ = ["Ngh2Engine"]
 
 _LOWEST_VERSION, _FIRST_UNKNOWN_VERSION = (0, 3), (0, 4)
 
-_HEADER = struct.Struct(">HBBBL")
 _SETTING = struct.Struct(">HL")
 _LONG = struct.Struct(">L")
 _TWO_LONGS = struct.Struct(">LL")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-_MAX_FRAME_SIZE = 16_384
-_MAX_HEADER_BLOCK = 64 * 1024
-_MAX_CONTINUATIONS = 64
-_MAX_WINDOW = 2**31 - 1
 _DEFAULT_WINDOW = 65_535
-
-# Frame types and flags (RFC 9113, section 6).
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-_END_STREAM = _ACK = 0x1
-_END_HEADERS = 0x4
-_PADDED = 0x8
-_PRIORITY = 0x20
-# PRIORITY, ALTSVC and extension frames ask nothing of a client and are skipped (RFC 9113, section 5.5).
-_UNDERSTOOD = frozenset(range(10)) - {2}
 
 # Settings (RFC 9113, section 6.5.2, and RFC 8441).
 _HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE = 1, 2, 3, 4
@@ -69,20 +78,20 @@ _CONFIGURATION = ngh2.Configuration(
     peer_max_concurrent_streams=_NO_LIMIT,
     max_send_header_block_length=2**30,
     max_deflate_dynamic_table_size=_LARGEST_TABLE,
-    max_continuations=_MAX_CONTINUATIONS,
+    max_continuations=MAX_CONTINUATIONS,
     # These two by the clock, and bytes that are the same must have the same outcome; K23 has bounds of its own.
     glitch_rate_limit=(2**63, 2**63),
     stream_reset_rate_limit=(2**63, 2**63),
-    max_inbound_header_list_size=_MAX_HEADER_BLOCK,
+    max_inbound_header_list_size=MAX_HEADER_BLOCK,
     # Never reached: each field counts for 32 bytes at least.
-    max_inbound_header_count=_MAX_HEADER_BLOCK,
+    max_inbound_header_count=MAX_HEADER_BLOCK,
 )
 #: What nghttp2 is told of our SETTINGS. Frames and windows may be as large as they can be, since the limits are here.
 _SETTINGS_WITHIN = {
     _ENABLE_PUSH: 0,
-    _INITIAL_WINDOW_SIZE: _MAX_WINDOW,
+    _INITIAL_WINDOW_SIZE: LARGEST_WINDOW,
     _SETTING_MAX_FRAME_SIZE: 2**24 - 1,
-    _MAX_HEADER_LIST_SIZE: _MAX_HEADER_BLOCK,
+    _MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK,
 }
 _SECRET = b"proxy-authorization"
 _PLACEHOLDER: Headers = []
@@ -150,7 +159,7 @@ class Ngh2Engine:
         self._block_parts: list[bytes] = []
         self._block_size = 0
         self.max_concurrent_streams: int | None = None
-        self.max_frame_size = _MAX_FRAME_SIZE
+        self.max_frame_size = MAX_FRAME_SIZE
         self._initial_receive_window = initial_window
         self._initial_send_window = _DEFAULT_WINDOW
         self._receive_window = _DEFAULT_WINDOW
@@ -168,19 +177,19 @@ class Ngh2Engine:
             _HEADER_TABLE_SIZE: 4_096,
             _ENABLE_PUSH: 0,
             _INITIAL_WINDOW_SIZE: initial_window,
-            _SETTING_MAX_FRAME_SIZE: _MAX_FRAME_SIZE,
+            _SETTING_MAX_FRAME_SIZE: MAX_FRAME_SIZE,
             _ENABLE_CONNECT_PROTOCOL: 0,
-            _MAX_HEADER_LIST_SIZE: _MAX_HEADER_BLOCK,
+            _MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK,
         }
-        self._out += [_PREFACE, _frame(_SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in settings.items()))]
+        self._out += [_PREFACE, _frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in settings.items()))]
         self.send_window_update(0, connection_window - _DEFAULT_WINDOW)
 
     def _started(self) -> ngh2.Connection:
         """A session whose greetings are behind it: nothing of them reaches the wire."""
         session = ngh2.Connection(ngh2.Role.CLIENT, _CONFIGURATION)
         session.initiate_connection(_SETTINGS_WITHIN)
-        session.set_local_window_size(_MAX_WINDOW)
-        session.receive_data(_frame(_SETTINGS, 0, 0, b"") + _frame(_SETTINGS, _ACK, 0, b""))
+        session.set_local_window_size(LARGEST_WINDOW)
+        session.receive_data(_frame(SETTINGS, 0, 0, b"") + _frame(SETTINGS, ACK, 0, b""))
         session.data_to_send()
         session.events()
         return session
@@ -193,20 +202,19 @@ class Ngh2Engine:
         start, end = 0, len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
-        unpack = _HEADER.unpack_from
         streams = self._streams
         while end - start >= 9:
-            high, low, kind, flags, stream_id = unpack(data, start)
+            high, low, kind, flags, stream_id = unpack_header(data, start)
             length = (high << 8) | low
-            if length > _MAX_FRAME_SIZE:
-                reason = f"a frame of {length} bytes, above the limit of {_MAX_FRAME_SIZE}"
+            if length > MAX_FRAME_SIZE:
+                reason = f"a frame of {length} bytes, above the limit of {MAX_FRAME_SIZE}"
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, reason)
             stop = start + 9 + length
             if end < stop:
                 break
             stream_id &= 0x7FFF_FFFF
             stream = streams.get(stream_id)
-            if kind == _DATA and stream is not None and not self._block_stream:
+            if kind == DATA and stream is not None and not self._block_stream:
                 self._receive_data(flags, stream_id, stream, data[start + 9 : stop])
             else:
                 self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
@@ -214,37 +222,35 @@ class Ngh2Engine:
         self._partial = data[start:]
 
     def _greet(self, data: bytes) -> None:
-        """The first frame must be SETTINGS (RFC 9113, section 3.4)."""
-        if data.startswith(b"HTTP/1."):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "it answers in HTTP/1.1")
-        if data[3] != _SETTINGS or data[4] & _ACK:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "its first frame is not SETTINGS")
+        objection = objection_to_greeting(data)
+        if objection is not None:
+            self._fail(ErrorCode.PROTOCOL_ERROR, objection)
         self._greeted = True
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, stream: _Stream | None, frame: bytes) -> None:
         """Any frame but DATA on an open stream."""
-        if self._block_stream and (kind != _CONTINUATION or stream_id != self._block_stream):
+        if self._block_stream and (kind != CONTINUATION or stream_id != self._block_stream):
             self._fail(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
-        if kind not in _UNDERSTOOD:
+        if kind not in UNDERSTOOD:
             return
         if not stream_id:
             self._receive_control(kind, flags, frame[9:])
         elif stream is None:
             self._receive_stray(kind, flags, stream_id, frame)
-        elif kind in (_HEADERS, _CONTINUATION):
+        elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, frame)
             if block is not None:
                 self._receive_headers(stream_id, stream, block)
-        elif kind == _RST_STREAM:
+        elif kind == RST_STREAM:
             self._receive_reset(stream_id, frame)
-        elif kind == _WINDOW_UPDATE:
+        elif kind == WINDOW_UPDATE:
             self._receive_credit(stream_id, stream, frame[9:])
         else:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: type {kind} on stream {stream_id}")
 
     def _receive_data(self, flags: int, stream_id: int, stream: _Stream, body: bytes) -> None:
         length = len(body)
-        if flags & _PADDED:
+        if flags & PADDED:
             if not length or body[0] >= length:
                 self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
             body = body[1 : length - body[0]]
@@ -254,7 +260,7 @@ class Ngh2Engine:
         stream.receive_window -= length
         if stream.receive_window < 0:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, f"more DATA on stream {stream_id} than its window allows")
-        end_stream = bool(flags & _END_STREAM)
+        end_stream = bool(flags & END_STREAM)
         if not stream.answered:
             self._handler.on_discarded(length)
             self._stream_error(stream_id, "a body before its head")
@@ -278,26 +284,26 @@ class Ngh2Engine:
 
     def _assemble(self, kind: int, flags: int, stream_id: int, frame: bytes) -> bytes | None:
         """All frames of a header block, None while CONTINUATIONs are due (bounds: K23)."""
-        if kind == _HEADERS:
+        if kind == HEADERS:
             self._block_flags = flags
-            if flags & _END_HEADERS:
+            if flags & END_HEADERS:
                 return frame
             self._block_stream = stream_id
             # What is not of the block; if there isn't even as much as that, nghttp2 will say so.
-            self._block_size = -(5 if flags & _PRIORITY else 0)
-            if flags & _PADDED and len(frame) > 9:
+            self._block_size = -(5 if flags & PRIORITY else 0)
+            if flags & PADDED and len(frame) > 9:
                 self._block_size -= 1 + frame[9]
         elif not self._block_stream:
             self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
         parts = self._block_parts
         parts.append(frame)
         self._block_size += len(frame) - 9
-        if len(parts) > 1 + _MAX_CONTINUATIONS or self._block_size > _MAX_HEADER_BLOCK:
+        if len(parts) > 1 + MAX_CONTINUATIONS or self._block_size > MAX_HEADER_BLOCK:
             self._fail(
                 ErrorCode.ENHANCE_YOUR_CALM,
-                f"a header block above {_MAX_HEADER_BLOCK} bytes or {_MAX_CONTINUATIONS} CONTINUATIONs",
+                f"a header block above {MAX_HEADER_BLOCK} bytes or {MAX_CONTINUATIONS} CONTINUATIONs",
             )
-        if not flags & _END_HEADERS:
+        if not flags & END_HEADERS:
             return None
         self._block_stream = 0
         self._block_parts = []
@@ -328,9 +334,9 @@ class Ngh2Engine:
         """nghttp2 gives up on the connection if it says so; an objection to a stream is put in our own words."""
         start = 0
         while start < len(output):
-            high, low, kind, _, _ = _HEADER.unpack_from(output, start)
+            high, low, kind, _, _ = unpack_header(output, start)
             stop = start + 9 + ((high << 8) | low)
-            if kind == _GOAWAY:
+            if kind == GOAWAY:
                 _, error_code = _TWO_LONGS.unpack_from(output, start + 9)
                 reason = output[start + 17 : stop].decode("ascii", "replace")
                 self._fail(error_code, reason or "a header block that can't be decoded")
@@ -339,7 +345,7 @@ class Ngh2Engine:
     def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes) -> None:
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream_id} after its end")
-        end_stream = bool(self._block_flags & _END_STREAM)
+        end_stream = bool(self._block_flags & END_STREAM)
         if end_stream and stream.declared and not stream.body_left:
             self._pretend_body(stream_id, stream.declared)
         event = self._judge(block)
@@ -368,7 +374,7 @@ class Ngh2Engine:
         """nghttp2 takes no trailers before the body that was declared; how long it really was is known here."""
         session = self._session
         for start in range(0, length, len(_FILLER)):
-            session.receive_data(_frame(_DATA, 0, stream_id, _FILLER[: length - start]))
+            session.receive_data(_frame(DATA, 0, stream_id, _FILLER[: length - start]))
             session.events()
         session.data_to_send()
 
@@ -382,13 +388,13 @@ class Ngh2Engine:
         if len(body) != 4:
             self._fail(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of another length than 4 bytes")
         increment = _LONG.unpack(body)[0]
-        if not 1 <= increment <= _MAX_WINDOW:
+        if not 1 <= increment <= LARGEST_WINDOW:
             self._fail(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of no bytes")
         if stream is None:
             self._send_window += increment
-            if self._send_window > _MAX_WINDOW:
+            if self._send_window > LARGEST_WINDOW:
                 self._fail(ErrorCode.FLOW_CONTROL_ERROR, "it overflowed the connection's flow-control window")
-        elif stream.send_window + increment > _MAX_WINDOW:
+        elif stream.send_window + increment > LARGEST_WINDOW:
             self.send_reset(stream_id, ErrorCode.FLOW_CONTROL_ERROR)
             error = RemoteProtocolError("the server overflowed the stream's flow-control window")
             self._handler.on_stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR, error)
@@ -399,19 +405,19 @@ class Ngh2Engine:
 
     def _receive_control(self, kind: int, flags: int, body: bytes) -> None:
         """A frame on the connection itself."""
-        if kind == _PING:
+        if kind == PING:
             if len(body) != 8:
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, "PING of another length than 8 bytes")
-            if flags & _ACK:
+            if flags & ACK:
                 self._handler.on_ping_acknowledged(body)
             else:
-                self._out.append(_frame(_PING, _ACK, 0, body))
+                self._out.append(_frame(PING, ACK, 0, body))
                 self._handler.on_reply_queued()
-        elif kind == _WINDOW_UPDATE:
+        elif kind == WINDOW_UPDATE:
             self._receive_credit(0, None, body)
-        elif kind == _SETTINGS:
+        elif kind == SETTINGS:
             self._receive_settings(flags, body)
-        elif kind == _GOAWAY:
+        elif kind == GOAWAY:
             if len(body) < 8:
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY of less than 8 bytes")
             last_stream_id, error_code = _TWO_LONGS.unpack_from(body)
@@ -420,7 +426,7 @@ class Ngh2Engine:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a malformed frame: type {kind} on no stream")
 
     def _receive_settings(self, flags: int, body: bytes) -> None:
-        if flags & _ACK:
+        if flags & ACK:
             if body:
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set at once")
             self._handler.on_settings_acknowledged()
@@ -434,24 +440,24 @@ class Ngh2Engine:
         if window is not None:
             for stream in self._streams.values():
                 stream.send_window += window - self._initial_send_window
-                if stream.send_window > _MAX_WINDOW:
+                if stream.send_window > LARGEST_WINDOW:
                     self._fail(ErrorCode.FLOW_CONTROL_ERROR, "it overflowed a stream's flow-control window")
             self._initial_send_window = window
         if _HEADER_TABLE_SIZE in settings:
             # The one setting that is nghttp2's affair.
             size = settings[_HEADER_TABLE_SIZE]
-            self._session.receive_data(_frame(_SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, size)))
+            self._session.receive_data(_frame(SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, size)))
             self._session.data_to_send()
             self._session.events()
             size = min(size, _LARGEST_TABLE)
             self._table_sizes = min([*self._table_sizes, size]), size
-        self._out.append(_frame(_SETTINGS, _ACK, 0, b""))
+        self._out.append(_frame(SETTINGS, ACK, 0, b""))
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
     def _check_settings(self, settings: dict[int, int]) -> None:
         """The ranges of RFC 9113, section 6.5.2, and RFC 8441, section 3."""
-        if settings.get(_INITIAL_WINDOW_SIZE, 0) > _MAX_WINDOW:
+        if settings.get(_INITIAL_WINDOW_SIZE, 0) > LARGEST_WINDOW:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, "SETTINGS with an INITIAL_WINDOW_SIZE that is none")
         allowed = {
             _ENABLE_PUSH: range(1),
@@ -468,15 +474,15 @@ class Ngh2Engine:
         """A frame on a stream that is over, or never was."""
         if not stream_id & 1 or stream_id >= self._next_id:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame on stream {stream_id}, which was never opened")
-        if kind in (_RST_STREAM, _WINDOW_UPDATE):
+        if kind in (RST_STREAM, WINDOW_UPDATE):
             # Sent before the peer knew that the stream is over (RFC 9113, section 5.1).
             return
         if stream_id not in self._reset:
             self._fail(ErrorCode.STREAM_CLOSED, f"a frame on stream {stream_id} after its end")
-        if kind == _DATA:
+        if kind == DATA:
             self._charge(len(frame) - 9)
             self._handler.on_discarded(len(frame) - 9)
-        elif kind in (_HEADERS, _CONTINUATION):
+        elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, frame)
             if block is not None:
                 # Nobody reads it, but the peer's HPACK encoder has moved on, and our decoder must follow.
@@ -493,7 +499,7 @@ class Ngh2Engine:
     def _tell_end(self, stream_id: int) -> None:
         """Have nghttp2 let go of a stream, in front of the next header block."""
         untold = self._untold
-        untold.append(_frame(_RST_STREAM, 0, stream_id, b"\0\0\0\x08"))
+        untold.append(_frame(RST_STREAM, 0, stream_id, b"\0\0\0\x08"))
         if len(untold) > _MAX_UNTOLD:
             self._session.receive_data(b"".join(untold))
             self._session.events()
@@ -522,7 +528,7 @@ class Ngh2Engine:
         )
         self._session.send_request(_hiding(headers), end_stream=True)
         head = self._session.data_to_send()
-        return head if end_stream else b"%b%c%b" % (head[:4], head[4] & ~_END_STREAM, head[5:])
+        return head if end_stream else b"%b%c%b" % (head[:4], head[4] & ~END_STREAM, head[5:])
 
     def _skip_to(self, stream_id: int) -> None:
         """Use up the ids before this one: requests that are cancelled before they are encoded leave no trace."""
@@ -540,7 +546,7 @@ class Ngh2Engine:
         self._send_window -= length
         if end_stream:
             self._finish(stream_id, stream)
-        return _HEADER.pack(length >> 8, length & 0xFF, _DATA, _END_STREAM if end_stream else 0, stream_id)
+        return frame_header(length, DATA, END_STREAM if end_stream else 0, stream_id)
 
     def send_trailers(self, stream_id: int, headers: Headers) -> bytes:
         block = b"".join(
@@ -550,10 +556,10 @@ class Ngh2Engine:
         )
         self._table_sizes = ()
         self._finish(stream_id, self._streams[stream_id])
-        parts = [block[start : start + _MAX_FRAME_SIZE] for start in range(0, len(block), _MAX_FRAME_SIZE)] or [b""]
-        output = _frame(_HEADERS, _END_STREAM | (_END_HEADERS if len(parts) == 1 else 0), stream_id, parts[0])
+        parts = [block[start : start + MAX_FRAME_SIZE] for start in range(0, len(block), MAX_FRAME_SIZE)] or [b""]
+        output = _frame(HEADERS, END_STREAM | (END_HEADERS if len(parts) == 1 else 0), stream_id, parts[0])
         for part in parts[1:]:
-            output += _frame(_CONTINUATION, _END_HEADERS if part is parts[-1] else 0, stream_id, part)
+            output += _frame(CONTINUATION, END_HEADERS if part is parts[-1] else 0, stream_id, part)
         return output
 
     def _finish(self, stream_id: int, stream: _Stream) -> None:
@@ -564,7 +570,7 @@ class Ngh2Engine:
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
         self.forget(stream_id)
-        self._out.append(_frame(_RST_STREAM, 0, stream_id, _LONG.pack(error_code)))
+        self._out.append(_frame(RST_STREAM, 0, stream_id, _LONG.pack(error_code)))
 
     def forget(self, stream_id: int) -> None:
         del self._streams[stream_id]
@@ -572,17 +578,17 @@ class Ngh2Engine:
         self._reset.add(stream_id)
 
     def send_ping(self, payload: bytes) -> None:
-        self._out.append(_frame(_PING, 0, 0, payload))
+        self._out.append(_frame(PING, 0, 0, payload))
 
     def send_window_update(self, stream_id: int, increment: int) -> None:
         if stream_id:
             self._streams[stream_id].receive_window += increment
         else:
             self._receive_window += increment
-        self._out.append(_frame(_WINDOW_UPDATE, 0, stream_id, _LONG.pack(increment)))
+        self._out.append(_frame(WINDOW_UPDATE, 0, stream_id, _LONG.pack(increment)))
 
     def send_goaway(self, error_code: int, debug_data: bytes) -> None:
-        self._out.append(_frame(_GOAWAY, 0, 0, _TWO_LONGS.pack(0, error_code) + debug_data))
+        self._out.append(_frame(GOAWAY, 0, 0, _TWO_LONGS.pack(0, error_code) + debug_data))
 
     def send_window(self, stream_id: int) -> int:
         return self._streams[stream_id].send_window
@@ -599,7 +605,7 @@ class Ngh2Engine:
 
 
 def _frame(kind: int, flags: int, stream_id: int, body: bytes) -> bytes:
-    return _HEADER.pack(len(body) >> 8, len(body) & 0xFF, kind, flags, stream_id) + body
+    return frame_header(len(body), kind, flags, stream_id) + body
 
 
 def _hiding(headers: Headers) -> Headers:
