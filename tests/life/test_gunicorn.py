@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.background import eventually
+from support.ports import free_ports
 from support.raw import answering
 from support.threaded import threaded
 
@@ -46,8 +46,7 @@ def application(environ, start_response):
 @contextlib.contextmanager
 def gunicorn(application: str, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
     """Its URL, its master, and its log."""
-    with socket.create_server(("127.0.0.1", 0)) as placeholder:
-        port: int = placeholder.getsockname()[1]
+    (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="h2keep-") as directory:
         Path(directory, "served.py").write_text(application)
         log = Path(directory, "log")

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from support.ports import free_ports
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -112,8 +114,7 @@ def running(name: str, cert_path: Path, key_path: Path) -> Iterator[RealProxy]:
 
 @contextlib.contextmanager
 def _start(name: str, cert_path: Path, key_path: Path) -> Iterator[RealProxy]:
-    with socket.create_server(("127.0.0.1", 0)) as placeholder:
-        port: int = placeholder.getsockname()[1]
+    (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="h2keep-") as directory:
         # squid gives up being root, and reads its files afterwards.
         os.chmod(directory, 0o777)

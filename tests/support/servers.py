@@ -33,6 +33,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from h2keep.cli.middlebox import Event, Middlebox
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,7 +166,7 @@ def _running(name: str, application: str, files: tuple[Path, Path]) -> Iterator[
 
 def _launch(name: str, application: str, files: tuple[Path, Path], stack: contextlib.ExitStack) -> Server:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="h2keep-")))
-    tls, cleartext = _free_ports(2)
+    tls, cleartext = free_ports(2)
     match name:
         case "hypercorn":
             launches = [(_hypercorn(application, files, tls, cleartext), [tls, cleartext])]
@@ -273,12 +274,6 @@ def _accepts(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((_HOST, port), timeout=1.0):
         return True
     return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 @dataclass
