@@ -349,6 +349,16 @@ class KeepaliveTimer:
         self._arm()
         return verdict
 
+    def postponed(self, now: float) -> bool:
+        """Whether life has put off the deadline: if so, `handle_timeout` was called, and had nothing to judge.
+
+        So the reader need not have had its turn before.
+        """
+        if not self._life_seen or (self._pings_silence and now - self.last_life >= self._least_interval):
+            return False
+        self.handle_timeout(now)
+        return True
+
     # Answers
 
     @property

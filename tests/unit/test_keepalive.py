@@ -202,6 +202,34 @@ def test_k3_early_and_spurious_calls_change_nothing() -> None:
         assert timer.next_deadline() == 45.0
 
 
+def test_k7_a_deadline_that_life_put_off_needs_no_readers_turn() -> None:
+    timer = make()
+    timer.note_life(10.0)
+    assert timer.postponed(30.0)
+    assert (timer.next_deadline(), timer.pings_sent) == (40.0, 0)
+    # Nothing came since.
+    assert not timer.postponed(40.0)
+    assert timer.handle_timeout(40.0) is SEND_PING
+    # The PING was answered, and another is not due yet.
+    timer.note_life(40.1)
+    assert timer.postponed(55.0)
+    assert timer.next_deadline() == about(70.1)
+
+
+def test_k3_a_ping_that_is_due_is_not_postponed_by_life_of_long_ago() -> None:
+    timer = make()
+    timer.note_life(0.0)
+    assert not timer.postponed(30.0)
+    assert timer.handle_timeout(30.0) is SEND_PING
+
+
+def test_k11_on_an_unused_connection_life_postpones_for_ever() -> None:
+    timer = make(streams=0)
+    timer.note_life(10.0)
+    assert timer.postponed(1e6)
+    assert timer.next_deadline() is None
+
+
 def test_k3_silence_is_measured_from_the_last_life() -> None:
     timer = make()
     timer.note_life(10.0)

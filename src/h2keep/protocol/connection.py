@@ -168,6 +168,13 @@ class Connection:
         stuck = self._stuck_deadline()
         return deadline if stuck is None or (deadline is not None and deadline < stuck) else stuck
 
+    def postponed(self, now: float) -> bool:
+        """Whether nothing is due any more, as life has put it off; `handle_timeout` needs not be called then."""
+        if self.closed or not self.keepalive.postponed(now):
+            return False
+        deadline = self.next_deadline()
+        return deadline is None or now < deadline
+
     # Requests
 
     @property

@@ -167,6 +167,8 @@ class H2Engine:
                 self._receive_headers(stream_id, block)
         elif kind == WINDOW_UPDATE and len(body) == 4:
             self._receive_window_update(flags, stream_id, body)
+        elif kind == PING and flags & ACK and len(body) == 8 and not stream_id:
+            self._handler.on_ping_acknowledged(body)
         else:
             self._receive_control(kind, flags, stream_id, body)
 
@@ -356,8 +358,6 @@ class H2Engine:
         elif kind == RST_STREAM:
             self._tidy(stream_id)
             self._handler.on_reset(stream_id, frame.error_code)
-        elif kind == PING and flags & ACK:
-            self._handler.on_ping_acknowledged(frame.opaque_data)
         else:
             # A PING, that is: h2 has refused PUSH_PROMISE.
             self._handler.on_reply_queued()
@@ -477,7 +477,8 @@ class H2Engine:
         self._tidy(stream_id)
 
     def send_ping(self, payload: bytes) -> None:
-        self._h2.ping(payload)
+        # Behind what h2 has queued: on a fresh connection that is the preface.
+        self._out = self.drain() + frame_header(len(payload), PING, 0, 0) + payload
 
     def send_window_update(self, stream_id: int, increment: int) -> None:
         self._h2.increment_flow_control_window(increment, stream_id or None)

@@ -389,6 +389,12 @@ class Http2Connection:
         """When `deadline_due` is to be called."""
         return self.protocol.next_deadline()
 
+    def postponed(self) -> bool:
+        """Whether the deadline that has passed is none any more, as life came since; asked before `deadline_due`."""
+        now = self.loop.time()
+        self._look_for_gap(now)
+        return self.protocol.postponed(now)
+
     def deadline_due(self, *, upload_progressed: bool) -> None:
         """The deadline has passed, and the reader had its chance since (K7)."""
         now = self.loop.time()
@@ -500,7 +506,8 @@ class Http2Connection:
 
     def _note(self, event: ConnectionEvent) -> None:
         if isinstance(event, events.PingSent):
-            log.debug("%s: PING (%s)", self.origin, event.purpose.name.lower())
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: PING (%s)", self.origin, event.purpose.name.lower())
             self._owner.connection_pinged(self)
         elif isinstance(event, events.PingAcknowledged):
             log.debug("%s: PING acknowledged after %.1f ms", self.origin, event.rtt * 1000)

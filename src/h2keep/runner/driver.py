@@ -302,6 +302,8 @@ class AnyioDriver(SocketDriver):
             with anyio.CancelScope(deadline=deadline):
                 await self._timer.park()
                 continue
+            if connection.postponed():
+                continue
             # The reader's turn before judgement (K7).
             await checkpoint()
             await checkpoint()
@@ -406,8 +408,11 @@ class CallbackDriver(SocketDriver):
             self._alarm = self._asyncio.call_at(deadline, self._run, self._time_is_up, context=self._context)
 
     def _time_is_up(self) -> None:
-        # The reader's turn before judgement (K7): two passes of the loop.
-        self._soon(lambda: self._soon(self._judge))
+        if self._connection.postponed():
+            self.wake_timer()
+        else:
+            # The reader's turn before judgement (K7): two passes of the loop.
+            self._soon(lambda: self._soon(self._judge))
 
     def _judge(self) -> None:
         connection = self._connection
