@@ -38,7 +38,7 @@ LEVELS = [
     ("keepalive",),
     ("protocol",),
     ("runner",),
-    ("_background", "_proxies"),
+    ("_proxies",),
     ("_connections", "_fallback"),
     ("_messages",),
     ("client",),

@@ -165,7 +165,7 @@ class H2Engine:
             block = self._assemble(kind, flags, stream_id, body)
             if block is not None:
                 self._receive_headers(stream_id, block)
-        elif kind == WINDOW_UPDATE and len(body) == 4:
+        elif kind == WINDOW_UPDATE:
             self._receive_window_update(flags, stream_id, body)
         elif kind == PING and flags & ACK and len(body) == 8 and not stream_id:
             self._handler.on_ping_acknowledged(body)
@@ -175,12 +175,15 @@ class H2Engine:
     def _receive_window_update(self, flags: int, stream_id: int, body: bytes) -> None:
         increment = int.from_bytes(body) & 0x7FFF_FFFF
         owner = self._streams[stream_id] if stream_id else self._h2
-        if 0 < increment <= LARGEST_WINDOW - owner.outbound_flow_control_window:
+        if len(body) == 4 and 0 < increment <= LARGEST_WINDOW - owner.outbound_flow_control_window:
             owner.outbound_flow_control_window += increment
             self._handler.on_window_opened(stream_id)
-        else:
-            # What is wrong with it is h2's to say.
-            self._receive_control(WINDOW_UPDATE, flags, stream_id, body)
+            return
+        # What is wrong with it is h2's to say. It comes back where that is one stream's affair, which it has reset.
+        self._feed(self._parse(WINDOW_UPDATE, flags, stream_id, body))
+        self._tidy(stream_id)
+        error = RemoteProtocolError("the server overflowed the stream's flow-control window")
+        self._handler.on_stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR, error)
 
     def _receive_data(self, flags: int, stream_id: int, body: bytes) -> None:
         length = len(body)
@@ -327,15 +330,14 @@ class H2Engine:
             self._fail(code, f"a malformed frame: {_reason(error)}", error)
         return frame
 
-    def _feed(self, frame: frames.Frame) -> list[h2.events.Event]:
+    def _feed(self, frame: frames.Frame) -> None:
         """Have h2 act on a frame."""
         connection = self._h2
         try:
-            replies, events = connection._frame_dispatch_table[type(frame)](frame)  # noqa: SLF001
+            replies, _ = connection._frame_dispatch_table[type(frame)](frame)  # noqa: SLF001
         except h2.exceptions.ProtocolError as error:
             self._fail(int(error.error_code), _reason(error), error)
         connection._prepare_for_sending(replies)  # noqa: SLF001
-        return cast("list[h2.events.Event]", events)
 
     def _receive_control(self, kind: int, flags: int, stream_id: int, body: bytes) -> None:
         frame: Any = self._parse(kind, flags, stream_id, body)
@@ -345,15 +347,8 @@ class H2Engine:
         if kind == SETTINGS:
             # h2 would keep each unknown one, and the peer has 65,536 of them.
             frame.settings = {code: value for code, value in frame.settings.items() if code in _KNOWN_SETTINGS}
-        events = self._feed(frame)
-        if kind == WINDOW_UPDATE:
-            if any(isinstance(event, h2.events.StreamReset) for event in events):
-                self._tidy(stream_id)
-                error = RemoteProtocolError("the server overflowed the stream's flow-control window")
-                self._handler.on_stream_error(stream_id, ErrorCode.FLOW_CONTROL_ERROR, error)
-            else:
-                self._handler.on_window_opened(stream_id)
-        elif kind == SETTINGS:
+        self._feed(frame)
+        if kind == SETTINGS:
             self._receive_settings(frame, flags)
         elif kind == RST_STREAM:
             self._tidy(stream_id)
