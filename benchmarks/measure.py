@@ -25,7 +25,7 @@ from benchmarks.report import DISTURBED
 from benchmarks.server import CLIENT, Demands, Kit, Placement, Server, on_cores, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from benchmarks.plan import Case
 
@@ -185,18 +185,12 @@ def hot_functions(stacks: str) -> list[tuple[str, float]]:
 
 def about(root: Path = ROOT) -> dict[str, object]:
     """The machine, the versions and the commit."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git(root, "rev-parse", "HEAD"),
         "modified": bool(git(root, "status", "--porcelain", "src", "benchmarks")),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions_of(PACKAGES),
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
@@ -204,6 +198,17 @@ def about(root: Path = ROOT) -> dict[str, object]:
             "load": os.getloadavg(),
         },
     }
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """Their installed versions; None for what isn't installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def git(root: Path, *arguments: str) -> str | None:

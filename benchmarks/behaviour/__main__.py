@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from benchmarks.behaviour.faults import FAULTS, Fault
 from benchmarks.behaviour.judge import Record, judge
 from benchmarks.behaviour.network import ENTER, Network, addresses, permitted
 from benchmarks.behaviour.report import CLIENTS, Results, outcome, render
+from benchmarks.measure import git, versions_of
 from benchmarks.server import Kit, build
 
 if TYPE_CHECKING:
@@ -156,29 +156,15 @@ async def _measure(
 
 
 def _about() -> Mapping[str, Any]:
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "when": datetime.now(UTC).isoformat(timespec="minutes"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "src", "benchmarks")),
+        "commit": git(ROOT, "rev-parse", "HEAD"),
+        "modified": bool(git(ROOT, "status", "--porcelain", "src", "benchmarks")),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "versions": versions,
+        "versions": versions_of(PACKAGES),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return process.stdout.strip()
 
 
 if __name__ == "__main__":
