@@ -52,9 +52,9 @@ def test_they_are_the_youngest_that_have_not_left() -> None:
 def test_until_the_peer_has_said_so_as_many_streams_are_allowed_as_are_assumed() -> None:
     pair = Pair(OFF, settings={Codes.MAX_CONCURRENT_STREAMS: 7})
     assert pair.client.free_slots == 100
-    pair.client.assumed_streams = 3
+    pair.client.max_streams = 3
     assert pair.client.free_slots == 3
-    pair.client.assumed_streams = 0
+    pair.client.max_streams = 0
     assert pair.client.free_slots == 0
     pair.run(0.1)
     assert pair.client.free_slots == 7

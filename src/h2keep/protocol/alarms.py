@@ -25,18 +25,22 @@ class Alarms:
         self._heap: list[tuple[float, int, Stream]] = []
         self._live = 0
 
-    def arm(self, stream: Stream) -> None:
-        """The stream's deadline may have come to exist, or to be earlier than it was."""
+    def arm(self, stream: Stream, now: float) -> bool:
+        """One of the stream's clocks may have begun to run `now`; whether `next_deadline` is earlier for it."""
+        alarm = stream.alarm
+        if alarm is not None and alarm <= now + stream.patience:
+            return False
         deadline = stream.deadline()
-        if deadline is None or (stream.alarm is not None and stream.alarm <= deadline):
-            return
-        if stream.alarm is None:
+        if deadline is None or (alarm is not None and alarm <= deadline):
+            return False
+        if alarm is None:
             self._live += 1
         stream.alarm = deadline
         heapq.heappush(self._heap, (deadline, stream.id, stream))
         if len(self._heap) > 2 * self._live + 64:
             self._heap = [entry for entry in self._heap if entry[2].alarm == entry[0]]
             heapq.heapify(self._heap)
+        return self._heap[0][2] is stream
 
     def disarm(self, stream: Stream) -> None:
         """The stream is over."""
@@ -61,5 +65,5 @@ class Alarms:
             if deadline is not None and deadline <= now:
                 expired.append(stream)
             else:
-                self.arm(stream)
+                self.arm(stream, now)
         return expired

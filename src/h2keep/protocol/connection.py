@@ -91,8 +91,10 @@ class Connection:
         self.closed = False
         #: The peer's SETTINGS came.
         self.ready = False
-        #: Concurrent streams to count on until the peer's SETTINGS come.
-        self.assumed_streams = ASSUMED_STREAMS
+        #: Concurrent streams allowed: the peer's limit, at most 256; what to count on until its SETTINGS come.
+        self.max_streams = ASSUMED_STREAMS
+        #: `next_deadline` may have moved to an earlier time. Whoever sleeps until then puts this to False.
+        self.deadline_moved = False
         #: Two timeouts in a row without progress: no new requests (K21).
         self.retired = False
         #: The peer's GOAWAY with the lowest last_stream_id, None if there was none.
@@ -142,7 +144,7 @@ class Connection:
             if stream.ended:
                 self._close_stream(stream)
             elif stream.reading_since is not None:
-                self._alarms.arm(stream)
+                self._arm(stream, now)
         for stream in relieved:
             self._events.append(events.BodyRoom(stream.id))
         return data
@@ -183,14 +185,6 @@ class Connection:
         return not (self.closed or self.retired or self.goaway is not None or self._next_stream_id > _HIGHEST_STREAM_ID)
 
     @property
-    def max_streams(self) -> int:
-        """Concurrent streams allowed: the peer's limit, at most 256; `assumed_streams` until its SETTINGS came."""
-        limit = self._engine.max_concurrent_streams
-        if limit is None:
-            limit = MAX_STREAMS if self.ready else self.assumed_streams
-        return min(limit, MAX_STREAMS)
-
-    @property
     def free_slots(self) -> int:
         """How many requests can be opened now; negative after the peer lowered its limit.
 
@@ -205,8 +199,10 @@ class Connection:
         return self._slots(held=0)
 
     def _slots(self, held: int) -> int:
-        unread = -(-self._unread // INITIAL_WINDOW)
-        return min(self.max_streams - held, MAX_STREAMS - unread) - self.open_streams
+        allowed = self.max_streams - held
+        if self._unread:
+            allowed = min(allowed, MAX_STREAMS - -(-self._unread // INITIAL_WINDOW))
+        return allowed - self.open_streams
 
     def displaced(self) -> list[int]:
         """The youngest requests that have not left, as many as the peer's limit has no room for."""
@@ -242,8 +238,9 @@ class Connection:
         self._streams[stream_id] = stream
         self.open_streams += 1
         self.keepalive.note_stream_opened()
+        self.deadline_moved = self.deadline_moved or self.open_streams == 1
         self._outbox.add_head(stream)
-        self._alarms.arm(stream)
+        self._arm(stream, now)
         return stream_id
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool, now: float) -> bool:
@@ -257,7 +254,7 @@ class Connection:
             return True
         stream.queue(data, end_stream, now)
         self._outbox.wake(stream)
-        self._alarms.arm(stream)
+        self._arm(stream, now)
         stream.wants_room = stream.queued > HIGH_WATER
         return not stream.wants_room
 
@@ -273,7 +270,9 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is None or not stream.buffer:
             return b""
-        data, stream.buffer = bytes(stream.buffer), b""
+        data, stream.buffer = stream.buffer, b""
+        if not isinstance(data, bytes):
+            data = bytes(data)
         if stream.open:
             self._consume(stream, len(data), now)
         else:
@@ -285,8 +284,7 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is not None and stream.open and not stream.buffer:
             stream.reading_since = now
-            if stream.read_timeout is not None:
-                self._alarms.arm(stream)
+            self._arm(stream, now)
 
     def release(self, stream_id: int, now: float) -> None:
         """The application is done with this stream; if it is still open it is reset with CANCEL (K10)."""
@@ -466,6 +464,8 @@ class Connection:
         if not self.ready:
             self.ready = True
             self._events.append(events.ConnectionReady(self._now))
+        limit = self._engine.max_concurrent_streams
+        self.max_streams = MAX_STREAMS if limit is None else min(limit, MAX_STREAMS)
         self._events.append(events.SettingsChanged())
         # Initial windows may have opened; SETTINGS are rare enough to look at every stream.
         for stream in self._streams.values():
@@ -528,6 +528,10 @@ class Connection:
     # Inside
 
     _control_queued = True  # the connection preface
+
+    def _arm(self, stream: Stream, now: float) -> None:
+        if self._alarms.arm(stream, now):
+            self.deadline_moved = True
 
     def _progress(self, stream_id: int) -> Stream:
         """HEADERS or DATA came on this stream."""
@@ -608,7 +612,7 @@ class Connection:
 
     def _send_ping(self, now: float) -> bool:
         self._engine.send_ping(self.keepalive.payload)
-        self._control_queued = True
+        self._control_queued = self.deadline_moved = True
         self._events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
         return True
 
@@ -617,6 +621,7 @@ class Connection:
         self._replies += 1
         if self._replies_since is None:
             self._replies_since = now
+            self.deadline_moved = True
 
     def _note_reply(self) -> None:
         """A reply was queued; too many unsent ones end the connection (K23; 1,000 of the largest are 17 KB).

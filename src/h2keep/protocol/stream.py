@@ -4,6 +4,7 @@ two clocks of K21. Pure bookkeeping: frames, windows and events are the connecti
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Stream:
         "id",
         "informational",
         "open",
+        "patience",
         "queued",
         "read_timeout",
         "reading_since",
@@ -62,7 +64,7 @@ class Stream:
         self.open = True
 
         # Outgoing.
-        self.chunks: deque[memoryview] = deque()
+        self.chunks: deque[bytes | memoryview] = deque()
         #: Bytes in `chunks`.
         self.queued = 0
         #: The application has said that nothing follows what is queued.
@@ -88,6 +90,10 @@ class Stream:
         # Timeouts.
         self.read_timeout = read_timeout
         self.write_timeout = write_timeout
+        #: No clock that begins to run later runs out sooner than this.
+        self.patience = min(
+            math.inf if read_timeout is None else read_timeout, math.inf if write_timeout is None else write_timeout
+        )
         #: Since when something is ready to be handed over and wasn't.
         self.write_since = now
         #: Since when the application waits with nothing buffered, None if it doesn't.
@@ -100,8 +106,9 @@ class Stream:
 
         Raises `LocalProtocolError`, having queued nothing, if the body contradicts its declared length.
         """
-        view = memoryview(data).cast("B") if data else None
-        length = view.nbytes if view is not None else 0
+        if not isinstance(data, bytes):
+            data = memoryview(data).cast("B")
+        length = len(data)
         if self.body_left is not None:
             if length > self.body_left:
                 excess = length - self.body_left
@@ -117,31 +124,33 @@ class Stream:
             self.body_left -= length
         if not self.queued and self.fields is None:
             self.write_since = now
-        if view is not None:
-            self.chunks.append(view)
+        if length:
+            self.chunks.append(data)
             self.queued += length
         self.upload_ended = end_stream
 
     def take(self, size: int) -> bytes | memoryview:
         """The next at most `size` queued bytes; small chunks are joined into one frame's worth."""
         first = self.chunks[0]
-        if first.nbytes > size:
-            self.chunks[0] = first[size:]
+        taken = len(first)
+        if taken > size:
+            view = memoryview(first)
+            self.chunks[0] = view[size:]
             self.queued -= size
-            return first[:size]
+            return view[:size]
         self.chunks.popleft()
-        taken = first.nbytes
         if taken == size or not self.chunks:
             self.queued -= taken
             return first
         parts = [first]
         while self.chunks and taken < size:
             part = self.chunks.popleft()
-            if part.nbytes > size - taken:
-                self.chunks.appendleft(part[size - taken :])
-                part = part[: size - taken]
+            if len(part) > size - taken:
+                view = memoryview(part)
+                self.chunks.appendleft(view[size - taken :])
+                part = view[: size - taken]
             parts.append(part)
-            taken += part.nbytes
+            taken += len(part)
         self.queued -= taken
         return b"".join(parts)
 

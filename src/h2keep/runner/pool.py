@@ -511,7 +511,8 @@ class Pool:
         if state.memory is not None:
             connection.protocol.keepalive.use_interval(state.memory.current(self.loop.time()))
         start_driver(connection)
-        connection.protocol.assumed_streams = state.streams
+        # Until its SETTINGS come.
+        connection.protocol.max_streams = state.streams
         state.failure = state.lost = None
         if state.streams:
             state.pause = PAUSES[0]
