@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from h2keep.errors import UnsupportedProtocol
 from h2keep.keepalive import Keepalive
 from h2keep.protocol.engines import engine_named
-from h2keep.protocol.headers import request_fields
+from h2keep.protocol.headers import FieldMemory
 from h2keep.runner import background, dial
 from h2keep.runner.dial import DialOptions, Origin, SocketOption
 from h2keep.runner.eventloop import native_loop
@@ -33,7 +33,7 @@ from h2keep.runner.request import REPLAY_BUFFER, PoolRequest, Timeout
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterable, Iterable
+    from collections.abc import AsyncIterable, Coroutine, Iterable
 
     from h2keep._proxies import ProxyFor
     from h2keep.protocol.events import ConnectionEvent
@@ -99,6 +99,7 @@ class Connections:
         self._http1 = http1
         self._replay_buffer = replay_buffer
         self._run_in_thread = run_in_thread
+        self._memory = FieldMemory()
         # Pools outlive whoever forgets us, so nothing that makes them may refer to us.
         self._make_pool = functools.partial(
             Pool,
@@ -116,7 +117,7 @@ class Connections:
 
     # Requests
 
-    async def send(
+    def send(
         self,
         method: bytes,
         origin: Origin,
@@ -125,16 +126,15 @@ class Connections:
         fields: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterable[bytes] | None,
         timeout: Timeout,
-    ) -> Http2Stream | AwaitableExchange:
+    ) -> Coroutine[Any, Any, Http2Stream | AwaitableExchange]:
         """Send a request and wait for the head of its response."""
         if not self._run_in_thread:
             request = self._request(method, origin, authority, target, fields, body, timeout)
-            return await self._running_pool().request(request)
+            return self._running_pool().request(request)
         whole = body if isinstance(body, bytes) else None
         request = self._request(method, origin, authority, target, fields, whole, timeout)
         exchange = AwaitableExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
-        await exchange.response()
-        return exchange
+        return exchange.response()
 
     def send_blocking(
         self,
@@ -169,7 +169,8 @@ class Connections:
                 f"{origin}: http:// is HTTP/1.1 here, which has no PINGs; with http1=False it is HTTP/2 with prior "
                 "knowledge"
             )
-        head, content_length = request_fields(method, origin.scheme.encode("ascii"), authority, target, fields)
+        scheme = b"https" if origin.scheme == "https" else b"http"
+        head, content_length = self._memory.request_fields(method, scheme, authority, target, fields)
         return PoolRequest(origin, head, content_length, body, timeout, self._replay_buffer)
 
     # Pools

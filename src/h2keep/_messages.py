@@ -8,10 +8,11 @@ from __future__ import annotations
 import codecs
 import functools
 import json as jsonlib
+import operator
 import re
 import ssl
 import sys
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from types import EllipsisType
@@ -59,8 +60,8 @@ _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
-_USER_AGENT = (b"user-agent", b"h2keep")
-_ACCEPT = (b"accept", b"*/*")
+_OUR_FIELDS = [(b"user-agent", b"h2keep"), (b"accept", b"*/*")]
+_name_of = operator.itemgetter(0)
 
 
 class Headers(Mapping[str, str]):
@@ -238,7 +239,10 @@ class BaseClient:
         elif trust_env and uds is None:
             proxy_for = _proxies.from_environment(make_context)
         self._timeout = _timeout(timeout)
-        self._headers = _fields(headers)
+        own = _fields(headers)
+        #: What requests have unless they have a field of that name themselves.
+        self._default_fields = own + [field for field in _OUR_FIELDS if field[0] not in dict(own)]
+        self._default_names = frozenset(map(_name_of, self._default_fields))
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -269,13 +273,20 @@ class BaseClient:
     ) -> tuple[Prepared, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's parts, its body and its timeouts."""
         origin, authority, target = _split_url(url, params)
-        fields = _merge(self._headers, _fields(headers))
-        body = _body(content, json, fields)
-        server_hostname = (extensions or {}).get("sni_hostname")
-        if server_hostname:
+        fields = _fields(headers)
+        given = set(map(_name_of, fields))
+        if given.isdisjoint(self._default_names):
+            fields += self._default_fields
+        else:
+            fields += [field for field in self._default_fields if field[0] not in given]
+        given |= self._default_names
+        body = _body(content, json, fields, given)
+        if b"host" in given:
+            authority = _take_host(fields) or authority
+        if extensions and (server_hostname := extensions.get("sni_hostname")):
             origin = replace(origin, server_hostname=server_hostname)
-        parts = (method.encode("ascii", "replace"), origin, _take_host(fields) or authority, target, fields)
-        return parts, body, self._timeout if isinstance(timeout, EllipsisType) else _timeout(timeout)
+        parts = (method.encode("ascii", "replace"), origin, authority, target, fields)
+        return parts, body, self._timeout if timeout is ... else _timeout(timeout)
 
 
 def _timeout(timeout: TimeoutTypes) -> Timeout:
@@ -335,12 +346,20 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
 
 def _fields(headers: HeaderTypes) -> list[tuple[bytes, bytes]]:
     """Fields as they will stand on the wire: names in lower case, text as latin-1 (RFC 9110, section 5.5)."""
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
-    try:
-        pairs = [(name, value) for name, value in pairs]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"headers: {headers!r} is neither a mapping nor pairs of names and values") from error
-    return [(_encode(name).lower(), _encode(value)) for name, value in pairs]
+    if type(headers) is dict:
+        pairs: Iterable[tuple[str | bytes, HeaderValue]] = headers.items()
+    else:
+        pairs = headers.items() if isinstance(headers, Mapping) else headers
+        try:
+            pairs = [(name, value) for name, value in pairs]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"headers: {headers!r} is neither a mapping nor pairs of names and values") from error
+    return [(_name(name) if type(name) is str else _encode(name).lower(), _encode(value)) for name, value in pairs]
+
+
+@functools.lru_cache(maxsize=1024)
+def _name(name: str) -> bytes:
+    return _encode(name).lower()
 
 
 def _encode(text: str | bytes) -> bytes:
@@ -354,15 +373,6 @@ def _encode(text: str | bytes) -> bytes:
         return text.encode("utf-8")
 
 
-def _merge(defaults: list[tuple[bytes, bytes]], own: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The request's own fields before the client's, and these before ours."""
-    fields = list(own)
-    for layer in (defaults, (_USER_AGENT, _ACCEPT)):
-        given = {name for name, _ in fields}
-        fields += [(name, value) for name, value in layer if name not in given]
-    return fields
-
-
 def _take_host(fields: list[tuple[bytes, bytes]]) -> bytes | None:
     """Remove `host` from the fields, where HTTP/2 has no place for it; its value."""
     for index, (name, value) in enumerate(fields):
@@ -373,10 +383,9 @@ def _take_host(fields: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def _body(
-    content: AnyContent | None, json: Any, fields: list[tuple[bytes, bytes]]
+    content: AnyContent | None, json: Any, fields: list[tuple[bytes, bytes]], given: Set[bytes]
 ) -> bytes | Iterable[bytes] | AsyncIterable[bytes] | None:
-    """The body, and the fields that tell of it unless the caller has set them."""
-    given = {name for name, _ in fields}
+    """The body; adds the fields that tell of it, unless they are given."""
     if json is not None:
         if content is not None:
             raise ValueError("content and json exclude each other")
@@ -389,7 +398,7 @@ def _body(
         content = content.encode("utf-8")
         if b"content-type" not in given:
             fields.append((b"content-type", b"text/plain; charset=utf-8"))
-    if isinstance(content, bytes | bytearray | memoryview):
+    if isinstance(content, (bytes, bytearray, memoryview)):
         content = bytes(content)
         if b"content-length" not in given:
             fields.append((b"content-length", b"%d" % len(content)))

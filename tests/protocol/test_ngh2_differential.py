@@ -67,8 +67,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_event(event: events.Event) -> Any:
-    names = [name for name in type(event).__slots__ if not name.startswith("_")]
-    return (type(event).__name__, *[_plain(getattr(event, name)) for name in names])
+    return (type(event).__name__, *[_plain(getattr(event, name)) for name in type(event).__annotations__])
 
 
 class Side(Target):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from h2keep.protocol.events import Headers
 
-__all__ = ["CONNECTION_SPECIFIC", "check_fields", "request_fields"]
+__all__ = ["CONNECTION_SPECIFIC", "FieldMemory", "check_fields", "request_fields"]
 
 #: Fields that speak of one HTTP/1.1 connection and must not appear in HTTP/2 (RFC 9113, section 8.2.2).
 CONNECTION_SPECIFIC = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
@@ -39,6 +39,11 @@ def request_fields(
     `authority` goes to `:authority`; a `host` field would say the same twice and is refused like any other
     connection-specific field. Raises `LocalProtocolError` naming the offending part and its value.
     """
+    head = _head(method, scheme, authority, target)
+    return head, check_fields(fields, into=head)
+
+
+def _head(method: bytes, scheme: bytes, authority: bytes, target: bytes) -> Headers:
     if not _TOKEN.fullmatch(method):
         raise LocalProtocolError(f"method: {method!r} is not a token (RFC 9110, section 9.1)", unprocessed=True)
     if not _AUTHORITY.fullmatch(authority):
@@ -49,8 +54,53 @@ def request_fields(
         raise LocalProtocolError(
             f"path: {target!r} must begin with '/' and hold neither spaces nor control characters", unprocessed=True
         )
-    head: Headers = [(b":method", method), (b":authority", authority), (b":scheme", scheme), (b":path", target)]
-    return head, check_fields(fields, into=head)
+    return [(b":method", method), (b":authority", authority), (b":scheme", scheme), (b":path", target)]
+
+
+class FieldMemory:
+    """`request_fields` for one sender's requests: what they have in common is looked at once.
+
+    It keeps names and values, of which some are secrets, so it is to live no longer than the sender.
+    """
+
+    __slots__ = ("_good", "_heads")
+
+    #: How many fields, or heads, are remembered before all are forgotten, lest what never comes again fill memory.
+    _MOST = 1_024
+    #: Values longer than this, in bytes, are rarely those of the next request.
+    _LONGEST = 256
+
+    def __init__(self) -> None:
+        self._good: set[tuple[bytes, bytes]] = set()
+        self._heads: dict[tuple[bytes, bytes, bytes, bytes], Headers] = {}
+
+    def request_fields(
+        self, method: bytes, scheme: bytes, authority: bytes, target: bytes, fields: Iterable[tuple[bytes, bytes]]
+    ) -> tuple[Headers, int | None]:
+        """As the function of that name."""
+        key = method, scheme, authority, target
+        known = self._heads.get(key)
+        if known is None:
+            known = _head(*key)
+            if len(self._heads) >= self._MOST:
+                self._heads.clear()
+            self._heads[key] = known
+        head = known.copy()
+        good, content_length = self._good, None
+        for field in fields:
+            if field not in good:
+                content_length = _check_field(*field, content_length, into=head)
+                self._remember(head[-1])
+            else:
+                head.append(field)
+        return head, content_length
+
+    def _remember(self, field: tuple[bytes, bytes]) -> None:
+        # Each request has a length of its own, which it must be asked for.
+        if field[0] != b"content-length" and len(field[1]) <= self._LONGEST:
+            if len(self._good) >= self._MOST:
+                self._good.clear()
+            self._good.add(field)
 
 
 def check_fields(fields: Iterable[tuple[bytes, bytes]], *, into: Headers) -> int | None:
@@ -60,20 +110,26 @@ def check_fields(fields: Iterable[tuple[bytes, bytes]], *, into: Headers) -> int
     """
     content_length = None
     for name, value in fields:
-        _check_name(name)
-        if not _CLEAN_VALUE.fullmatch(value):
-            if _FORBIDDEN_IN_VALUE.search(value):
-                raise LocalProtocolError(
-                    f"header {name.decode('ascii')!r}: the value {value!r} holds CR, LF or NUL", unprocessed=True
-                )
-            value = value.strip(b" \t")
-        if name == b"content-length":
-            content_length = _content_length(value, content_length)
-        elif name == b"te" and value.lower() != b"trailers":
+        content_length = _check_field(name, value, content_length, into=into)
+    return content_length
+
+
+def _check_field(name: bytes, value: bytes, content_length: int | None, *, into: Headers) -> int | None:
+    """Append one field; the content length that it declares, or the one that was declared before."""
+    _check_name(name)
+    if not _CLEAN_VALUE.fullmatch(value):
+        if _FORBIDDEN_IN_VALUE.search(value):
             raise LocalProtocolError(
-                f"header 'te': HTTP/2 allows the value 'trailers' alone, not {value!r}", unprocessed=True
+                f"header {name.decode('ascii')!r}: the value {value!r} holds CR, LF or NUL", unprocessed=True
             )
-        into.append((name, value))
+        value = value.strip(b" \t")
+    if name == b"content-length":
+        content_length = _content_length(value, content_length)
+    elif name == b"te" and value.lower() != b"trailers":
+        raise LocalProtocolError(
+            f"header 'te': HTTP/2 allows the value 'trailers' alone, not {value!r}", unprocessed=True
+        )
+    into.append((name, value))
     return content_length
 
 

@@ -22,6 +22,7 @@ another version is refused at import, not met in mid-flight.
 
 from __future__ import annotations
 
+import operator
 import struct
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,6 +64,7 @@ _LOWEST_VERSION, _FIRST_UNKNOWN_VERSION = (0, 3), (0, 4)
 _SETTING = struct.Struct(">HL")
 _LONG = struct.Struct(">L")
 _TWO_LONGS = struct.Struct(">LL")
+_RESET = struct.Struct(">HBBBLL")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 _DEFAULT_WINDOW = 65_535
@@ -94,6 +96,7 @@ _SETTINGS_WITHIN = {
     _MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK,
 }
 _SECRET = b"proxy-authorization"
+_name_of = operator.itemgetter(0)
 _PLACEHOLDER: Headers = []
 #: Streams whose end nghttp2 isn't told yet, at most.
 _MAX_UNTOLD = 256
@@ -214,8 +217,12 @@ class Ngh2Engine:
                 break
             stream_id &= 0x7FFF_FFFF
             stream = streams.get(stream_id)
-            if kind == DATA and stream is not None and not self._block_stream:
+            if stream is None or self._block_stream:
+                self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
+            elif kind == DATA:
                 self._receive_data(flags, stream_id, stream, data[start + 9 : stop])
+            elif kind == HEADERS and flags & END_HEADERS:
+                self._receive_headers(stream_id, stream, data[start:stop], flags)
             else:
                 self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
             start = stop
@@ -240,7 +247,7 @@ class Ngh2Engine:
         elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, frame)
             if block is not None:
-                self._receive_headers(stream_id, stream, block)
+                self._receive_headers(stream_id, stream, block, self._block_flags)
         elif kind == RST_STREAM:
             self._receive_reset(stream_id, frame)
         elif kind == WINDOW_UPDATE:
@@ -260,7 +267,7 @@ class Ngh2Engine:
         stream.receive_window -= length
         if stream.receive_window < 0:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, f"more DATA on stream {stream_id} than its window allows")
-        end_stream = bool(flags & END_STREAM)
+        end_stream = flags & END_STREAM != 0
         if not stream.answered:
             self._handler.on_discarded(length)
             self._stream_error(stream_id, "a body before its head")
@@ -322,7 +329,8 @@ class Ngh2Engine:
             self._fail(ErrorCode.ENHANCE_YOUR_CALM, f"more header fields than allowed: {error}", error)
         except ngh2.NGH2Error as error:
             self._fail(ErrorCode.PROTOCOL_ERROR, str(error), error)
-        for event in session.events():
+        # What it has to say of the streams that are over comes before.
+        for event in reversed(session.events()):
             if type(event) in _MESSAGES:
                 return event
         if session.want_write:
@@ -342,10 +350,10 @@ class Ngh2Engine:
                 self._fail(error_code, reason or "a header block that can't be decoded")
             start = stop
 
-    def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes) -> None:
+    def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes, flags: int) -> None:
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"HEADERS on stream {stream_id} after its end")
-        end_stream = bool(self._block_flags & END_STREAM)
+        end_stream = flags & END_STREAM != 0
         if end_stream and stream.declared and not stream.body_left:
             self._pretend_body(stream_id, stream.declared)
         event = self._judge(block)
@@ -357,9 +365,9 @@ class Ngh2Engine:
             self._note_end(stream_id, stream)
         kind = type(event)
         if kind is _ResponseReceived:
-            fields = list(event.headers)
             # Validated: `:status` comes first and is the only pseudo-field.
-            status = int(fields.pop(0)[1])
+            (_, code), *fields = event.headers
+            status = int(code)
             stream.answered = True
             if not end_stream:
                 stream.declared = stream.body_left = _declared_length(status, fields, stream.bodiless)
@@ -367,8 +375,8 @@ class Ngh2Engine:
         elif kind is _TrailersReceived:
             self._handler.on_trailers(stream_id, list(event.headers))
         else:
-            fields = list(event.headers)
-            self._handler.on_informational(stream_id, int(fields.pop(0)[1]), fields)
+            (_, code), *fields = event.headers
+            self._handler.on_informational(stream_id, int(code), fields)
 
     def _pretend_body(self, stream_id: int, length: int) -> None:
         """nghttp2 takes no trailers before the body that was declared; how long it really was is known here."""
@@ -499,7 +507,7 @@ class Ngh2Engine:
     def _tell_end(self, stream_id: int) -> None:
         """Have nghttp2 let go of a stream, in front of the next header block."""
         untold = self._untold
-        untold.append(_frame(RST_STREAM, 0, stream_id, b"\0\0\0\x08"))
+        untold.append(_RESET.pack(0, 4, RST_STREAM, 0, stream_id, ErrorCode.CANCEL))
         if len(untold) > _MAX_UNTOLD:
             self._session.receive_data(b"".join(untold))
             self._session.events()
@@ -613,7 +621,7 @@ def _hiding(headers: Headers) -> Headers:
 
     nghttp2 does so with `authorization` and short cookies of its own accord.
     """
-    if _SECRET in dict(headers):
+    if _SECRET in map(_name_of, headers):
         return [ngh2.NeverIndexedHeader(*field) if field[0] == _SECRET else field for field in headers]
     return headers
 

@@ -237,6 +237,10 @@ class _TrioLoop(EventLoop):
 
 def native_loop() -> object:
     """The running event loop as its backend knows it: one object a loop, to tell loops apart by."""
+    loop = asyncio._get_running_loop()  # noqa: SLF001
+    # Without a task it may be another library's host.
+    if loop is not None and asyncio.current_task(loop) is not None:
+        return loop
     return current_token().native_token
 
 

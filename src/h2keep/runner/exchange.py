@@ -15,7 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
@@ -350,8 +350,8 @@ class AwaitableExchange(Exchange):
         if body is not None:
             self._feed = request.body = Feed(self._loop, self._on_feed_room)
 
-    async def response(self) -> None:
-        """As `BlockingExchange.response`."""
+    async def response(self) -> Self:
+        """As `BlockingExchange.response`; itself."""
         try:
             if self._body is not None:
                 self._caller.spawn(self._pump, contextvars.copy_context())
@@ -364,6 +364,7 @@ class AwaitableExchange(Exchange):
         except BaseException:
             self.close()
             raise
+        return self
 
     async def receive(self) -> bytes:
         """As `Http2Stream.receive`."""
