@@ -286,15 +286,16 @@ class Connection:
             stream.reading_since = now
             self._arm(stream, now)
 
-    def release(self, stream_id: int, now: float) -> None:
-        """The application is done with this stream; if it is still open it is reset with CANCEL (K10)."""
+    def release(self, stream_id: int, now: float) -> bool:
+        """The application is done with this stream; whether it was still open, and thus is reset with CANCEL (K10)."""
         stream = self._streams.get(stream_id)
         if stream is None:
-            return
+            return False
         if stream.open:
             self.reset_stream(stream_id, ErrorCode.CANCEL, now)
-        else:
-            self._forget(stream)
+            return True
+        self._forget(stream)
+        return False
 
     def reset_stream(self, stream_id: int, error_code: int, now: float) -> None:
         """Abandon a stream: RST_STREAM if the peer knows it, nothing if it was never sent; what waits is dropped.

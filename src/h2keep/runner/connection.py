@@ -126,6 +126,9 @@ class Owner(Protocol):
     def connection_changed(self, connection: Http2Connection) -> None:
         """Slots, readiness or the will to take requests may have changed; or it is over."""
 
+    def connection_unused(self, connection: Http2Connection) -> None:
+        """No request is open or unread there any more, which is all that is new."""
+
     def connection_alive(self, connection: Http2Connection) -> None:
         """Life came on a connection that was being verified (K9)."""
 
@@ -147,6 +150,9 @@ class Driver(Protocol):
 
     def wake_writer(self) -> None:
         """There is something to write."""
+
+    def write_now(self) -> None:
+        """The same, and nothing is to come that could be written with it."""
 
     def wake_timer(self) -> None:
         """The deadline moved to before `timer_armed_for`."""
@@ -201,8 +207,8 @@ class Http2Connection:
         self._hooked: list[ConnectionEvent] = []
         self._ready = loop.parker()
         self._open_before = 0
-        #: `free_slots` as the pool saw it last.
-        self._slots_known = 0
+        #: Whether it takes another request, as the pool saw it last; slots that K10 holds count as free.
+        self.has_room = False
 
     # For the pool
 
@@ -243,9 +249,12 @@ class Http2Connection:
             raise
         # All that `_settle` would find to do: opening a request makes no events.
         self._open_before = self.protocol.open_streams
-        self.driver.wake_writer()
         self._check_timer()
-        self._slots_known = self.protocol.free_slots
+        self._look_for_room()
+        if len(self._streams) == 1:
+            self.driver.write_now()
+        else:
+            self.driver.wake_writer()
         return stream
 
     def verified(self) -> bool:
@@ -333,16 +342,16 @@ class Http2Connection:
         if self._reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
-        reset = self.protocol.is_open(stream.id)
-        self.protocol.release(stream.id, self.loop.time())
-        if reset:
+        now = self.loop.time()
+        if self.protocol.release(stream.id, now):
             self._settle()
         if not self._streams:
-            self.idle_since = self.loop.time()
-        elif self.protocol.free_slots == self._slots_known:
-            # What the pool had to know it was told at the stream's end, unless bytes of it were read since.
-            return
-        self._tell_owner()
+            self.idle_since = now
+        # What else the pool had to know it was told at the stream's end, unless bytes of it were read since.
+        if not self.has_room:
+            self._tell_owner()
+        elif not self._streams:
+            self._owner.connection_unused(self)
 
     # For the driver
 
@@ -416,26 +425,29 @@ class Http2Connection:
 
     def _settle(self) -> None:
         """Act on what the last call to the protocol brought about."""
-        # A stream may end without an event: when its response came before its upload's end.
-        changed = self.protocol.open_streams < self._open_before
-        self._open_before = self.protocol.open_streams
-        changed = self._dispatch() or changed
-        if changed and not self.protocol.closed and self._is_spent():
-            self.protocol.close(self.loop.time())
+        protocol = self.protocol
+        ended = protocol.open_streams < self._open_before
+        self._open_before = protocol.open_streams
+        changed = self._dispatch()
+        if (ended or changed) and not protocol.closed and self._is_spent():
+            protocol.close(self.loop.time())
             self._dispatch()
-        if self.protocol.closed:
-            self.driver.stop(abort=isinstance(self.protocol.error, ConnectionLost))
+        if protocol.closed:
+            self.driver.stop(abort=isinstance(protocol.error, ConnectionLost))
         else:
-            if self.protocol.has_data_to_send():
+            if protocol.has_data_to_send():
                 self.driver.wake_writer()
             self._check_timer()
-        if changed:
+        if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()
         while self._hooked:
             self._tell_hook(self._hooked.pop(0))
 
+    def _look_for_room(self) -> None:
+        self.has_room = self.protocol.accepting and self.protocol.prospective_slots > 0
+
     def _tell_owner(self) -> None:
-        self._slots_known = self.protocol.free_slots
+        self._look_for_room()
         self._owner.connection_changed(self)
 
     def _is_spent(self) -> bool:
@@ -443,21 +455,25 @@ class Http2Connection:
         return self.protocol.open_streams == 0 and not self.protocol.accepting
 
     def _check_timer(self) -> None:
+        if not self.protocol.deadline_moved:
+            return
+        self.protocol.deadline_moved = False
         deadline = self.protocol.next_deadline()
         if deadline is not None and (self.timer_armed_for is None or deadline < self.timer_armed_for):
             self.driver.wake_timer()
 
     def _dispatch(self) -> bool:
-        """Deliver all events; whether any of them concerns the pool."""
+        """Deliver all events; whether any of them concerns the pool, which the good end of a stream does not as such."""
         changed = False
-        while (event := self.protocol.next_event()) is not None:
+        next_event, streams = self.protocol.next_event, self._streams
+        while (event := next_event()) is not None:
             kind = type(event)
             deliver = _DELIVERIES.get(kind)
             if deliver is not None:
-                stream = self._streams.get(event.stream_id)  # type: ignore[union-attr]
+                stream = streams.get(event.stream_id)  # type: ignore[union-attr]
                 if stream is not None and not (kind is events.StreamFailed and self._moves(event, stream)):
                     deliver(event, stream)
-                changed = changed or kind in _FINAL
+                changed = changed or kind is events.StreamFailed
             else:
                 changed = changed or kind not in _OF_NO_CONCERN
                 if kind in (events.ConnectionReady, events.ConnectionClosed):
@@ -565,7 +581,5 @@ _DELIVERIES: dict[type, Callable[[Any, Http2Stream], None]] = {
     events.BodyRoom: _has_room,
     events.InformationalReceived: _interim,
 }
-#: Those after which the pool has a slot more.
-_FINAL = frozenset({events.StreamEnded, events.StreamFailed})
 #: Those of a connection's events that change nothing for the pool.
 _OF_NO_CONCERN = frozenset({events.PingSent, events.PingAcknowledged})

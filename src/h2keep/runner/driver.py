@@ -93,6 +93,10 @@ class SocketDriver(ABC):
     def wake_writer(self) -> None:
         """Driver."""
 
+    def write_now(self) -> None:
+        """Driver. No sooner than else where writing is the business of a task."""
+        self.wake_writer()
+
     @abstractmethod
     def wake_timer(self) -> None:
         """Driver."""
@@ -380,6 +384,12 @@ class CallbackDriver(SocketDriver):
         if not (self._writing or self._asyncio.is_closed()):
             self._writing = True
             self._soon(self._write)
+
+    def write_now(self) -> None:
+        """Driver. A turn of the loop sooner."""
+        if not self._writing:
+            self._writing = True
+            self._run(self._write)
 
     def _write(self) -> None:
         sent = self._send()

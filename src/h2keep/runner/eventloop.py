@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,12 @@ class _AsyncioParker(Parker):
 
     def unpark(self) -> None:
         self._permit = True
-        # A loop that was closed with its tasks in it is told things by their finally blocks.
-        if self._future is not None and not self._future.done() and not self._loop.is_closed():
-            self._future.set_result(None)
+        future = self._future
+        if future is not None:
+            self._future = None
+            # A loop that was closed with its tasks in it is told things by their finally blocks.
+            if not (future.done() or self._loop.is_closed()):
+                future.set_result(None)
 
     async def park(self) -> None:
         if not self._permit:
@@ -111,7 +115,8 @@ class AsyncioLoop(EventLoop):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.native = loop
-        self.time = loop.time
+        # As asyncio's own loops read it, without going through them.
+        self.time = time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
         #: For callbacks: nobody's variables, but anyio knows its backend there (within tasks it finds out by itself).
         self.callback_context = contextvars.Context()
         sniffio = sys.modules.get("sniffio")

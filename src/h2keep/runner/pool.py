@@ -245,10 +245,14 @@ class Pool:
         self._idle.pop(connection, None)
         self._use_interval(state, connection)
         try:
-            return connection.open(request, again)
-        finally:
+            stream = connection.open(request, again)
+        except BaseException:
             self._classify(state, connection)
             self._note_idle(connection)
+            raise
+        if not connection.has_room:
+            self._classify(state, connection)
+        return stream
 
     def _classify(self, state: OriginState, connection: Http2Connection) -> None:
         """Put a connection where `_choose` will find it, or not."""
@@ -588,6 +592,11 @@ class Pool:
             self._serve(state)
         self._note_idle(connection)
         self._tidy(state)
+
+    def connection_unused(self, connection: Http2Connection) -> None:
+        """Owner."""
+        if connection in self._states:
+            self._note_idle(connection)
 
     def connection_alive(self, connection: Http2Connection) -> None:
         """Owner."""

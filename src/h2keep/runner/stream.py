@@ -19,7 +19,7 @@ from h2keep.errors import H2KeepError, ReadError, WriteError
 from h2keep.runner.upload import pump
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable
+    from collections.abc import AsyncIterable, Awaitable, Callable
 
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
@@ -231,12 +231,12 @@ class Http2Stream:
         if self.error is not None:
             raise self.error
 
-    async def _wait(self) -> None:
+    def _wait(self) -> Awaitable[None]:
         self.await_data()
         if self._parker is None:
             self._parker = self._connection.loop.parker()
             self._wake = self._parker.unpark
-        await self._parker.park()
+        return self._parker.park()
 
     # Uploading
 
