@@ -232,8 +232,7 @@ class Connection:
             raise LocalProtocolError(f"there is no body, but its Content-Length is {content_length}", unprocessed=True)
         stream_id = self._next_stream_id
         self._next_stream_id += 2
-        window = ReceiveWindow(self._growth, now)
-        stream = Stream(stream_id, fields, content_length, window, read_timeout, write_timeout, now)
+        stream = Stream(stream_id, fields, content_length, read_timeout, write_timeout, now)
         stream.upload_ended = end_stream
         self._streams[stream_id] = stream
         self.open_streams += 1
@@ -541,6 +540,8 @@ class Connection:
         return self._streams[stream_id]
 
     def _consume(self, stream: Stream, amount: int, now: float) -> None:
+        if stream.window is None:
+            stream.window = ReceiveWindow(self._growth, stream.opened_at)
         increment = stream.window.consume(amount, now, self.keepalive.rtt_best)
         if increment and stream.open and not stream.ended:
             self._engine.send_window_update(stream.id, increment)
@@ -561,12 +562,12 @@ class Connection:
             outbox.allowance += stream.fields is None
             if self.open_streams - 1 <= self.max_streams:
                 outbox.allowance = math.inf
-        stream.chunks.clear()
+        stream.chunks = None
         stream.queued = 0
         if stream.buffer:
             # Its window's growth is still in use, by the bytes that wait (`_take_unread` gives it back).
             self._unread += len(stream.buffer)
-        else:
+        elif stream.window is not None:
             stream.window.release()
         self._alarms.disarm(stream)
         self.open_streams -= 1
@@ -581,7 +582,8 @@ class Connection:
     def _take_unread(self, stream: Stream, amount: int) -> None:
         """Bytes that waited on a stream that is over were read, or nobody will read them."""
         self._unread -= amount
-        stream.window.release()
+        if stream.window is not None:
+            stream.window.release()
 
     def _fail_stream(self, stream: Stream, error: H2KeepError) -> None:
         """The stream is over. If its response was complete, it stands, and merely the rest of the body isn't wanted."""
@@ -694,7 +696,8 @@ class Connection:
             self._fail_stream(stream, error.for_request(unprocessed=stream.fields is not None))
         for stream in self._streams.values():
             # Unread bytes may be forgotten with the connection; the process's share of growth must not be.
-            stream.window.release()
+            if stream.window is not None:
+                stream.window.release()
         self.keepalive.close()
         self._events.append(events.ConnectionClosed(self.error, now))
 

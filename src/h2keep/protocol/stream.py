@@ -32,6 +32,7 @@ class Stream:
         "id",
         "informational",
         "open",
+        "opened_at",
         "patience",
         "queued",
         "read_timeout",
@@ -52,7 +53,6 @@ class Stream:
         stream_id: int,
         fields: Headers,
         content_length: int | None,
-        window: ReceiveWindow,
         read_timeout: float | None,
         write_timeout: float | None,
         now: float,
@@ -60,11 +60,11 @@ class Stream:
         self.id = stream_id
         #: The request's fields until they are encoded, then None (K24: not sent while not None).
         self.fields: Headers | None = fields
-        self.window = window
         self.open = True
+        self.opened_at = now
 
-        # Outgoing.
-        self.chunks: deque[bytes | memoryview] = deque()
+        # Outgoing. None before there is anything: most streams spend most of their time waiting with nothing to send.
+        self.chunks: deque[bytes | memoryview] | None = None
         #: Bytes in `chunks`.
         self.queued = 0
         #: The application has said that nothing follows what is queued.
@@ -81,6 +81,8 @@ class Stream:
         self.end_sent_at: float | None = None
 
         # Incoming.
+        #: None until bytes of the response have been consumed.
+        self.window: ReceiveWindow | None = None
         self.buffer: bytes | bytearray = b""
         self.response_seen = False
         self.ended = False
@@ -125,29 +127,35 @@ class Stream:
         if not self.queued and self.fields is None:
             self.write_since = now
         if length:
+            if self.chunks is None:
+                self.chunks = deque()
             self.chunks.append(data)
             self.queued += length
         self.upload_ended = end_stream
 
     def take(self, size: int) -> bytes | memoryview:
         """The next at most `size` queued bytes; small chunks are joined into one frame's worth."""
-        first = self.chunks[0]
+        chunks = self.chunks
+        assert chunks is not None
+        first = chunks[0]
         taken = len(first)
         if taken > size:
             view = memoryview(first)
-            self.chunks[0] = view[size:]
+            chunks[0] = view[size:]
             self.queued -= size
             return view[:size]
-        self.chunks.popleft()
-        if taken == size or not self.chunks:
+        chunks.popleft()
+        if taken == size or not chunks:
             self.queued -= taken
+            if not self.queued:
+                self.chunks = None
             return first
         parts = [first]
-        while self.chunks and taken < size:
-            part = self.chunks.popleft()
+        while chunks and taken < size:
+            part = chunks.popleft()
             if len(part) > size - taken:
                 view = memoryview(part)
-                self.chunks.appendleft(view[size - taken :])
+                chunks.appendleft(view[size - taken :])
                 part = view[: size - taken]
             parts.append(part)
             taken += len(part)

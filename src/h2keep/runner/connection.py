@@ -555,9 +555,7 @@ def _data_came(_event: events.DataReceived, stream: Http2Stream) -> None:
 
 
 def _ended(event: events.StreamEnded, stream: Http2Stream) -> None:
-    stream.trailers = event.trailers
-    stream.ended = True
-    stream.wake()
+    stream.complete(event.trailers)
 
 
 def _failed(event: events.StreamFailed, stream: Http2Stream) -> None:

@@ -108,7 +108,12 @@ class Pool:
         stream = self.open_now(request)
         if stream is None:
             stream = await self.open(request)
-        await stream.response()
+        try:
+            while not stream.has_head():
+                await stream.wait()
+        except BaseException:
+            stream.close()
+            raise
         return stream
 
     def open_now(self, request: PoolRequest) -> Http2Stream | None:

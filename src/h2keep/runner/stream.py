@@ -42,8 +42,10 @@ class Http2Stream:
         "_kept_size",
         "_parker",
         "_released",
+        "_replayable",
         "_room",
         "_upload_failure",
+        "_trailers",
         "_upload_scope",
         "_wake",
         "attached",
@@ -56,7 +58,6 @@ class Http2Stream:
         "request",
         "retry_scope",
         "status",
-        "trailers",
     )
 
     def __init__(self, connection: Http2Connection, stream_id: int, request: PoolRequest) -> None:
@@ -69,21 +70,22 @@ class Http2Stream:
         #: Ends the wait for another connection.
         self.retry_scope: anyio.CancelScope | None = None
         self.status: int | None = None
-        self.headers: Headers = []
-        self.trailers: Headers = []
+        self.headers: Headers
+        self._trailers: Headers | None = None
         self.data_waits = False
         self.ended = False
         self.error: H2KeepError | None = None
-        # How whoever waits is told, None while nobody does.
-        self._wake: Callable[[], None] | None = None
+        # How whoever waits is told: one of the two, neither before anybody does.
         self._parker: Parker | None = None
+        self._wake: Callable[[], None] | None = None
         self._released = False
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
         self._upload_failure: BaseException | None = None
-        # What a streamed body gave so far; None if that can't be sent again.
-        self._kept: list[bytes | bytearray | memoryview] | None = []
+        # What a streamed body gave so far, and whether that is all that it gave.
+        self._kept: list[bytes | bytearray | memoryview] | None = None
         self._kept_size = 0
+        self._replayable = True
         self._complete = False
 
     @property
@@ -95,8 +97,21 @@ class Http2Stream:
 
     def wake(self) -> None:
         """Something about this stream changed."""
-        if self._wake is not None:
+        if self._parker is not None:
+            self._parker.unpark()
+        elif self._wake is not None:
             self._wake()
+
+    @property
+    def trailers(self) -> Headers:
+        """Those of the response, none before its end."""
+        return self._trailers or []
+
+    def complete(self, trailers: Headers) -> None:
+        """The response has ended."""
+        self._trailers = trailers
+        self.ended = True
+        self.wake()
 
     def fail(self, error: H2KeepError) -> None:
         """The request failed; the body iterator is not pulled any more (K8)."""
@@ -119,7 +134,7 @@ class Http2Stream:
         """Whether the request could be sent once more: nobody has given it up, and all of its body is there."""
         if self._released or self.status is not None or self._upload_failure is not None:
             return False
-        return self._kept is not None
+        return self._replayable
 
     def detach(self) -> None:
         """The connection has let go of the request, which waits for another one."""
@@ -150,14 +165,12 @@ class Http2Stream:
 
     # For the requesting task
 
-    async def response(self) -> None:
-        """Wait for the response's head. Raises what the request failed with."""
-        try:
-            while not self.has_head():
-                await self._wait()
-        except BaseException:
-            self.close()
-            raise
+    def wait(self) -> Awaitable[None]:
+        """Wait for something about this stream to change. Whoever is cancelled meanwhile closes it."""
+        self.await_data()
+        if self._parker is None:
+            self._parker = self._connection.loop.parker()
+        return self._parker.park()
 
     async def receive(self) -> bytes:
         """The next body bytes, all that wait; b"" at the end.
@@ -166,7 +179,7 @@ class Http2Stream:
         """
         try:
             while (data := self.poll()) is None:
-                await self._wait()
+                await self.wait()
         except BaseException:
             self.close()
             raise
@@ -213,6 +226,9 @@ class Http2Stream:
         if self.retry_scope is not None:
             self.retry_scope.cancel()
         self._let_go_of_request()
+        # Another task may wait for the body.
+        if self._parker is not None:
+            self._parker.unpark()
         # Whom it would wake refers to it in turn, and a cycle would live until the next garbage collection.
         self._wake = None
         self._connection.release(self)
@@ -230,13 +246,6 @@ class Http2Stream:
             raise self._upload_failure
         if self.error is not None:
             raise self.error
-
-    def _wait(self) -> Awaitable[None]:
-        self.await_data()
-        if self._parker is None:
-            self._parker = self._connection.loop.parker()
-            self._wake = self._parker.unpark
-        return self._parker.park()
 
     # Uploading
 
@@ -273,11 +282,14 @@ class Http2Stream:
         self._room = None
 
     def _keep(self, chunk: bytes | memoryview) -> None:
-        if self._kept is None:
+        if not self._replayable:
             return
+        if self._kept is None:
+            self._kept = []
         self._kept_size += len(chunk)
         if self._kept_size > self.request.replay_buffer and self.attached:
             self._kept = None
+            self._replayable = False
         elif len(chunk) >= _SMALL_CHUNK:
             self._kept.append(chunk)
         elif self._kept and isinstance(self._kept[-1], bytearray):
@@ -288,6 +300,7 @@ class Http2Stream:
     def _let_go_of_request(self) -> None:
         """It won't be sent again. Whoever still sends its body holds that himself."""
         self._kept = None
+        self._replayable = False
         self.request.body = None
         self.request.fields = []
 
