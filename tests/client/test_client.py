@@ -557,6 +557,31 @@ async def test_leaving_a_response_early_resets_its_stream_alone(
     assert len(server.peers) == 1
 
 
+async def test_whoever_reads_is_woken_when_another_task_closes_the_response(
+    server: RawServer, client: h2keep.AsyncClient
+) -> None:
+    async def handler(peer: Peer) -> None:
+        request = await peer.request()
+        await peer.respond(request.stream_id, body=b"some", end_stream=False)
+        await peer.until(lambda: bool(peer.seen(frames.RstStreamFrame)))
+
+    server.serve(handler)
+    seen: list[bytes] = []
+
+    async def read(response: h2keep.Response) -> None:
+        with pytest.raises(h2keep.ReadError, match="the response was closed before its body was read"):
+            async for chunk in response.aiter_bytes():
+                seen.append(chunk)
+
+    async with client.stream("GET", server.url) as response, anyio.create_task_group() as tasks:
+        tasks.start_soon(read, response)
+        while not seen:
+            await anyio.sleep(0.01)
+        await anyio.wait_all_tasks_blocked()
+        await response.aclose()
+    assert seen == [b"some"]
+
+
 async def test_a_response_that_was_read_to_its_end_resets_nothing(
     server: RawServer, client: h2keep.AsyncClient
 ) -> None:
