@@ -12,10 +12,9 @@ import operator
 import re
 import ssl
 import sys
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Set
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -28,6 +27,7 @@ from h2keep.runner.tls import create_ssl_context
 
 if TYPE_CHECKING:
     import os
+    from types import EllipsisType
 
     from h2keep.keepalive import Keepalive
     from h2keep.runner.connection import ConnectionStats, EventHook
@@ -383,7 +383,7 @@ def _take_host(fields: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def _body(
-    content: AnyContent | None, json: Any, fields: list[tuple[bytes, bytes]], given: Set[bytes]
+    content: AnyContent | None, json: Any, fields: list[tuple[bytes, bytes]], given: set[bytes]
 ) -> bytes | Iterable[bytes] | AsyncIterable[bytes] | None:
     """The body; adds the fields that tell of it, unless they are given."""
     if json is not None:

@@ -566,20 +566,20 @@ async def test_whoever_reads_is_woken_when_another_task_closes_the_response(
         await peer.until(lambda: bool(peer.seen(frames.RstStreamFrame)))
 
     server.serve(handler)
-    seen: list[bytes] = []
+    begun = anyio.Event()
 
     async def read(response: h2keep.Response) -> None:
+        chunks = response.aiter_bytes()
+        assert await anext(chunks) == b"some"
+        begun.set()
         with pytest.raises(h2keep.ReadError, match="the response was closed before its body was read"):
-            async for chunk in response.aiter_bytes():
-                seen.append(chunk)
+            await anext(chunks)
 
     async with client.stream("GET", server.url) as response, anyio.create_task_group() as tasks:
         tasks.start_soon(read, response)
-        while not seen:
-            await anyio.sleep(0.01)
+        await begun.wait()
         await anyio.wait_all_tasks_blocked()
         await response.aclose()
-    assert seen == [b"some"]
 
 
 async def test_a_response_that_was_read_to_its_end_resets_nothing(

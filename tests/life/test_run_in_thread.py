@@ -164,6 +164,27 @@ class TestLeaving:
                 del response
                 await until(lambda: request.reset == CANCEL)
 
+    async def test_whoever_reads_is_woken_when_another_task_closes_the_response(self) -> None:
+        seen: list[bytes] = []
+
+        async def read(response: h2keep.Response) -> None:
+            chunks = response.aiter_bytes()
+            seen.append(await anext(chunks))
+            with pytest.raises(h2keep.ReadError, match="closed before its body was read"):
+                await anext(chunks)
+
+        with threaded(path_decides) as server:
+            async with (
+                client(timeout=None) as own,
+                own.stream("GET", f"{server.url}/head") as response,
+                anyio.create_task_group() as tasks,
+            ):
+                tasks.start_soon(read, response)
+                await until(lambda: seen)
+                await anyio.lowlevel.checkpoint()
+                await response.aclose()
+        assert seen == [b"first"]
+
     async def test_aclose_ends_what_waits(self) -> None:
         errors: list[h2keep.H2KeepError] = []
 

@@ -151,6 +151,26 @@ class TestResponses:
                 response.read()
             response.close()
 
+    def test_whoever_reads_is_woken_when_another_thread_closes_the_response(self) -> None:
+        outcome: list[object] = []
+
+        def read(response: h2keep.SyncResponse) -> None:
+            chunks = response.iter_bytes()
+            outcome.append(next(chunks))
+            try:
+                next(chunks)
+            except h2keep.ReadError as error:
+                outcome.append(str(error))
+
+        with threaded(head_only) as server, client(timeout=None) as own, own.stream("GET", server.url) as response:
+            reader = threading.Thread(target=read, args=(response,))
+            reader.start()
+            eventually(lambda: outcome and response._stream._waiting, "the thread waits for more")
+            response.close()
+            reader.join(10)
+            assert not reader.is_alive()
+        assert outcome == [b"first", "the response was closed before its body was read to the end"]
+
     def test_a_response_that_is_forgotten_gives_its_stream_up(self) -> None:
         with threaded(head_only) as server, client() as own:
             manager = own.stream("GET", server.url)

@@ -463,7 +463,7 @@ class Http2Connection:
             self.driver.wake_timer()
 
     def _dispatch(self) -> bool:
-        """Deliver all events; whether any of them concerns the pool, which the good end of a stream does not as such."""
+        """Deliver all events; whether any of them concerns the pool. The good end of a stream does not as such."""
         changed = False
         next_event, streams = self.protocol.next_event, self._streams
         while (event := next_event()) is not None:

@@ -175,6 +175,8 @@ class Exchange(ABC):
             self._scope.cancel()
         if self._stream is not None:
             self._stream.close()
+        # Another thread or task may be reading what this one has closed.
+        self._wake_if_served()
 
     @abstractmethod
     def _notify(self) -> None:
@@ -189,7 +191,7 @@ class Exchange(ABC):
 
     def _blocked(self) -> bool:
         """Whether there is nothing to take."""
-        if self.error is not None or self._ended:
+        if self.error is not None or self._ended or self._closed:
             return False
         return self.status is None or self._came == self._taken
 
