@@ -331,9 +331,10 @@ class KeepaliveTimer:
     def handle_timeout(self, now: float) -> Verdict:
         """Act on the deadline if it has passed; early and spurious calls change nothing.
 
-        Before each call the caller lets the scheduler make two passes, so that a reader woken by waiting bytes notes
-        their life first (K7). Judgement takes two calls, at a PING's deadline and 20 ms later; one that comes more than
-        0.5 s late grants the PING its ping_timeout anew, at most three times. After LOST the timer is closed.
+        If `judgement_due` says so the caller lets the scheduler make two passes before, so that a reader woken by
+        waiting bytes notes their life first (K7). Judgement takes two calls, at a PING's deadline and 20 ms later; one
+        that comes more than 0.5 s late grants the PING its ping_timeout anew, at most three times. After LOST the timer
+        is closed.
         """
         if self._wake_at is None or now < self._wake_at:
             return Verdict.NOTHING
@@ -349,15 +350,15 @@ class KeepaliveTimer:
         self._arm()
         return verdict
 
-    def postponed(self, now: float) -> bool:
-        """Whether life has put off the deadline: if so, `handle_timeout` was called, and had nothing to judge.
+    def judgement_due(self, now: float) -> bool:
+        """Whether the scheduler must make two passes before `handle_timeout` is called with this very `now` (K7).
 
-        So the reader need not have had its turn before.
+        Not to send a PING, nor to take in life that came meanwhile: what lies unread can't make either wrong. But after
+        a stall of our own it could make the PING needless.
         """
-        if not self._life_seen or (self._pings_silence and now - self.last_life >= self._least_interval):
+        if self._wake_at is None:
             return False
-        self.handle_timeout(now)
-        return True
+        return (self.outstanding and now >= self._judge_at) or now - self._wake_at > _LATE
 
     # Answers
 

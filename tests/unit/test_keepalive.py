@@ -202,31 +202,45 @@ def test_k3_early_and_spurious_calls_change_nothing() -> None:
         assert timer.next_deadline() == 45.0
 
 
-def test_k7_a_deadline_that_life_put_off_needs_no_readers_turn() -> None:
+def test_k7_what_life_put_off_and_what_asks_for_a_ping_need_no_readers_turn() -> None:
     timer = make()
     timer.note_life(10.0)
-    assert timer.postponed(30.0)
-    assert (timer.next_deadline(), timer.pings_sent) == (40.0, 0)
-    # Nothing came since.
-    assert not timer.postponed(40.0)
+    assert not timer.judgement_due(30.0)
+    assert timer.handle_timeout(30.0) is NOTHING
+    assert timer.next_deadline() == 40.0
+    assert not timer.judgement_due(40.0)
     assert timer.handle_timeout(40.0) is SEND_PING
     # The PING was answered, and another is not due yet.
     timer.note_life(40.1)
-    assert timer.postponed(55.0)
+    assert not timer.judgement_due(55.0)
+    assert timer.handle_timeout(55.0) is NOTHING
     assert timer.next_deadline() == about(70.1)
 
 
-def test_k3_a_ping_that_is_due_is_not_postponed_by_life_of_long_ago() -> None:
+def test_k7_both_steps_of_judgement_need_the_readers_turn() -> None:
+    timer = pinged()
+    assert not timer.judgement_due(44.99)
+    assert timer.judgement_due(45.0)
+    assert timer.handle_timeout(45.0) is NOTHING
+    assert not timer.judgement_due(45.0)
+    assert timer.judgement_due(45.0 + STEP)
+    # So it would, had nothing come.
+    timer.note_life(45.01)
+    assert not timer.judgement_due(45.0 + STEP)
+
+
+def test_k7_after_a_stall_a_ping_waits_for_the_readers_turn_too() -> None:
     timer = make()
-    timer.note_life(0.0)
-    assert not timer.postponed(30.0)
-    assert timer.handle_timeout(30.0) is SEND_PING
+    assert not timer.judgement_due(30.5)
+    assert timer.judgement_due(30.6)
+    timer.note_life(30.6)
+    assert timer.handle_timeout(30.6) is NOTHING
 
 
-def test_k11_on_an_unused_connection_life_postpones_for_ever() -> None:
+def test_k11_on_an_unused_connection_there_is_nothing_to_judge() -> None:
     timer = make(streams=0)
     timer.note_life(10.0)
-    assert timer.postponed(1e6)
+    assert not timer.judgement_due(1e6)
     assert timer.next_deadline() is None
 
 

@@ -211,6 +211,9 @@ class SocketDriver(ABC):
                 body_before = connection.protocol.body_bytes_sent
                 self._unsent = connection.next_write(self._pacer.budget)
                 if connection.protocol.body_bytes_sent != body_before:
+                    if self._acknowledged >= self._upload_mark:
+                        # What was written before an upload is no part of it.
+                        self._acknowledged = self._written
                     self._upload_mark = self._written + len(self._unsent)
             if not self._unsent:
                 self._pacer.note_idle()
@@ -233,12 +236,14 @@ class SocketDriver(ABC):
 
     def _upload_progressed(self) -> bool:
         """Whether the peer's TCP acknowledged more of an upload since the last look (K4)."""
+        before = self._acknowledged
+        if before >= self._upload_mark:
+            return False
         unacknowledged = _unacknowledged(self._socket)
         if unacknowledged is None:
             return False
-        uploading = self._acknowledged < self._upload_mark
-        before, self._acknowledged = self._acknowledged, self._written - unacknowledged
-        return uploading and self._acknowledged > before
+        self._acknowledged = max(before, self._written - unacknowledged)
+        return self._acknowledged > before
 
     def _bound_kernel_buffer(self) -> None:
         if _NOTSENT_LOWAT is not None and self._socket.family != socket.AF_UNIX:
@@ -302,13 +307,14 @@ class AnyioDriver(SocketDriver):
             with anyio.CancelScope(deadline=deadline):
                 await self._timer.park()
                 continue
-            if connection.postponed():
-                continue
-            # The reader's turn before judgement (K7).
-            await checkpoint()
-            await checkpoint()
-            if time() >= deadline and not self._stopped:
-                connection.deadline_due(upload_progressed=self._upload_progressed())
+            now = time()
+            if connection.judgement_due(now):
+                # The reader's turn before it (K7).
+                await checkpoint()
+                await checkpoint()
+                now = time()
+            if not self._stopped:
+                connection.deadline_due(now, upload_progressed=self._upload_progressed())
 
 
 class CallbackDriver(SocketDriver):
@@ -408,17 +414,20 @@ class CallbackDriver(SocketDriver):
             self._alarm = self._asyncio.call_at(deadline, self._run, self._time_is_up, context=self._context)
 
     def _time_is_up(self) -> None:
-        if self._connection.postponed():
-            self.wake_timer()
+        self._alarm = None
+        now = self._loop.time()
+        if self._connection.judgement_due(now):
+            # The reader's turn before it (K7): two passes of the loop.
+            self._soon(lambda: self._soon(lambda: self._act(self._loop.time())))
         else:
-            # The reader's turn before judgement (K7): two passes of the loop.
-            self._soon(lambda: self._soon(self._judge))
+            self._act(now)
 
-    def _judge(self) -> None:
-        connection = self._connection
-        deadline = connection.timer_armed_for
-        if deadline is not None and self._loop.time() >= deadline:
-            connection.deadline_due(upload_progressed=self._upload_progressed())
+    def _act(self, now: float) -> None:
+        # A PING leaves at once: unlike a request it has no company to wait for.
+        writes, self._writing = not self._writing, True
+        self._connection.deadline_due(now, upload_progressed=self._upload_progressed())
+        if writes:
+            self._write()
         if not self._stopped:
             self.wake_timer()
 
