@@ -28,7 +28,6 @@ if sys.platform == "linux":
     import termios
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Coroutine
 
     from h2keep.runner.connection import Http2Connection
@@ -325,7 +324,8 @@ class CallbackDriver(SocketDriver):
         self._asyncio = loop.native
         self._context = loop.callback_context
         self._end = self._loop.parker()
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarms = loop.alarms
+        self._alarm: float | None = None
         #: `_write` is going to be called, soon or when the socket takes more.
         self._writing = False
         self._blocked = False
@@ -344,7 +344,7 @@ class CallbackDriver(SocketDriver):
 
     def _let_go(self) -> None:
         if self._alarm is not None:
-            self._alarm.cancel()
+            self._alarms.let_sleep(self, self._alarm)
         self._end.unpark()
         self._asyncio.remove_reader(self._socket)
         self._asyncio.remove_writer(self._socket)
@@ -407,14 +407,20 @@ class CallbackDriver(SocketDriver):
     def wake_timer(self) -> None:
         """Driver."""
         if self._alarm is not None:
-            self._alarm.cancel()
+            self._alarms.let_sleep(self, self._alarm)
             self._alarm = None
         deadline = self._connection.timer_armed_for = self._connection.next_deadline()
         if deadline is not None and not self._asyncio.is_closed():
-            self._alarm = self._asyncio.call_at(deadline, self._run, self._time_is_up, context=self._context)
+            self._alarm = deadline
+            self._alarms.wake(self, deadline)
 
-    def _time_is_up(self) -> None:
-        self._alarm = None
+    def time_is_up(self, moment: float) -> None:
+        """Sleeper."""
+        if moment == self._alarm:
+            self._alarm = None
+            self._run(self._look_at_time)
+
+    def _look_at_time(self) -> None:
         now = self._loop.time()
         if self._connection.judgement_due(now):
             # The reader's turn before it (K7): two passes of the loop.
