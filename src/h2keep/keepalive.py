@@ -17,6 +17,10 @@ __all__ = ["IntervalMemory", "Keepalive", "KeepaliveTimer", "PingPurpose", "Rand
 
 #: A connection silent for longer than this must prove itself before its next request, in seconds (K9).
 _MAX_UNVERIFIED_AFTER = 30.0
+#: Where jitter leaves as much room, in seconds, PINGs are due at one of so many moments of each second, so that many
+#: connections share a wake-up (K15). A power of two, which makes rounding exact.
+_ROOM_TO_ROUND = 0.0625
+_TICKS = 64
 #: What the reader gets between a PING's deadline and the judgement, in seconds (K7).
 _JUDGEMENT = 0.02
 #: A deadline handled later than this was slept or blocked through by ourselves, in seconds (K7).
@@ -119,9 +123,9 @@ class KeepaliveTimer:
     __slots__ = (
         "_allowance", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
         "_keepalive_pings", "_least_interval", "_life_seen", "_looked_at", "_phase", "_random", "_share",
-        "_silent_since", "_suspicion_pinged", "_wake_at", "interval", "last_life", "last_ping_at", "last_ping_purpose",
-        "open_streams", "payload", "pings_acked", "pings_sent", "policy", "ready_at", "rtt_best", "rtt_last",
-        "rtt_smoothed",
+        "_silent_since", "_spread", "_suspicion_pinged", "_wake_at", "interval", "last_life", "last_ping_at",
+        "last_ping_purpose", "open_streams", "payload", "pings_acked", "pings_sent", "policy", "ready_at", "rtt_best",
+        "rtt_last", "rtt_smoothed",
     )  # fmt: skip
 
     def __init__(self, policy: Keepalive, random: RandomSource, now: float) -> None:
@@ -156,6 +160,7 @@ class KeepaliveTimer:
         self._silent_since = now
         self._share = random.random()
         self._least_interval = (1 - policy.jitter) * (self.interval or 0.0)
+        self._spread = (self.interval or 0.0) - self._least_interval
         self._judge_at = now
         self._extensions = 0
         self._allowance = 0.0
@@ -186,7 +191,7 @@ class KeepaliveTimer:
         self.open_streams += 1
         if self.open_streams == 1:
             self._take_in_life()
-            self._arm()
+            self._arm_anew()
 
     def note_stream_closed(self) -> None:
         """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11)."""
@@ -267,8 +272,9 @@ class KeepaliveTimer:
             return
         self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
         self._least_interval = (1 - self.policy.jitter) * self.interval
+        self._spread = self.interval - self._least_interval
         self._take_in_life()
-        self._arm()
+        self._arm_anew()
 
     def close(self) -> None:
         """We sent GOAWAY, or closed: no deadline and no PING any more (K17). All later calls are harmless."""
@@ -286,6 +292,7 @@ class KeepaliveTimer:
         if not self._may_ping_extra(now):
             return False
         self._ping(PingPurpose.CHECKOUT, now)
+        self._arm_anew()
         return True
 
     def ping_for_suspicion(self, headers_sent_at: float, now: float) -> bool:
@@ -304,6 +311,7 @@ class KeepaliveTimer:
             return False
         self._suspicion_pinged = True
         self._ping(PingPurpose.SUSPICION, now)
+        self._arm_anew()
         return True
 
     def ping_for_user(self, now: float) -> bool:
@@ -315,6 +323,7 @@ class KeepaliveTimer:
         if self._phase is not _Phase.QUIET:
             return False
         self._ping(PingPurpose.USER, now)
+        self._arm_anew()
         return True
 
     # Time
@@ -331,9 +340,10 @@ class KeepaliveTimer:
     def handle_timeout(self, now: float) -> Verdict:
         """Act on the deadline if it has passed; early and spurious calls change nothing.
 
-        Before each call the caller lets the scheduler make two passes, so that a reader woken by waiting bytes notes
-        their life first (K7). Judgement takes two calls, at a PING's deadline and 20 ms later; one that comes more than
-        0.5 s late grants the PING its ping_timeout anew, at most three times. After LOST the timer is closed.
+        If `judgement_due` says so the caller lets the scheduler make two passes before, so that a reader woken by
+        waiting bytes notes their life first (K7). Judgement takes two calls, at a PING's deadline and 20 ms later; one
+        that comes more than 0.5 s late grants the PING its ping_timeout anew, at most three times. After LOST the timer
+        is closed.
         """
         if self._wake_at is None or now < self._wake_at:
             return Verdict.NOTHING
@@ -341,23 +351,23 @@ class KeepaliveTimer:
         self._looked_at = now
         verdict = Verdict.NOTHING
         if self._phase is _Phase.QUIET:
-            if self._pings_silence and now >= self._ping_due():
+            if self._pings_silence and now >= self._ping_due(self._silent_since):
                 self._ping(PingPurpose.IDLE, now)
                 verdict = Verdict.SEND_PING
         elif now >= self._judge_at:
             verdict = self._judge(now)
-        self._arm()
+        self._arm_anew()
         return verdict
 
-    def postponed(self, now: float) -> bool:
-        """Whether life has put off the deadline: if so, `handle_timeout` was called, and had nothing to judge.
+    def judgement_due(self, now: float) -> bool:
+        """Whether the scheduler must make two passes before `handle_timeout` is called with this very `now` (K7).
 
-        So the reader need not have had its turn before.
+        Not to send a PING, nor to take in life that came meanwhile: what lies unread can't make either wrong. But after
+        a stall of our own it could make the PING needless.
         """
-        if not self._life_seen or (self._pings_silence and now - self.last_life >= self._least_interval):
+        if self._wake_at is None:
             return False
-        self.handle_timeout(now)
-        return True
+        return (self.outstanding and now >= self._judge_at) or now - self._wake_at > _LATE
 
     # Answers
 
@@ -385,10 +395,11 @@ class KeepaliveTimer:
             return
         self._life_seen = False
         self._distrusted = False
+        if self._phase is _Phase.QUIET:
+            self._share = self._random.random()
         self._phase = _Phase.QUIET
         # The later of the two, lest life dated before a PING that it came after bring the next one too near (K16).
         self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
-        self._share = self._random.random()
 
     @property
     def _pings_silence(self) -> bool:
@@ -397,21 +408,37 @@ class KeepaliveTimer:
             return False
         return self.open_streams > 0 or (self.policy.while_idle and not self._going_away)
 
-    def _ping_due(self) -> float:
-        """When the present silence will have lasted for the jittered interval (K15)."""
-        spread = (self.interval or 0.0) - self._least_interval
-        return self._silent_since + self._least_interval + spread * self._share
+    def _ping_due(self, silent_since: float) -> float:
+        """When a silence will have lasted for the jittered interval (K15)."""
+        interval = self._least_interval + self._spread * self._share
+        if self._spread < _ROOM_TO_ROUND:
+            return silent_since + interval
+        earliest = silent_since + self._least_interval
+        # The begin is rounded by itself, so that how soon after a PING the answer came makes no difference.
+        due = math.floor(silent_since * _TICKS) + math.ceil(interval * _TICKS)
+        return min(max(due, math.ceil(earliest * _TICKS)), math.floor((earliest + self._spread) * _TICKS)) / _TICKS
 
     def _arm(self) -> None:
+        """As `_arm_anew`, but no sleeper need wake earlier than it was going to."""
+        before = self._wake_at
+        self._arm_anew()
+        if before is not None and self._wake_at is not None:
+            self._wake_at = max(before, self._wake_at)
+
+    def _arm_anew(self) -> None:
         """Choose when to wake: as late as can be, yet in time for any silence that begins after the last look."""
         if self._phase is _Phase.CLOSED:
             return
-        wake_at = math.inf if self._phase is _Phase.QUIET else self._judge_at
-        if self._pings_silence:
-            wake_at = min(wake_at, self._looked_at + self._least_interval)
-            if self._phase is _Phase.QUIET:
-                wake_at = min(wake_at, self._ping_due())
-        self._wake_at = wake_at if wake_at < math.inf else None
+        self._wake_at = None if self._phase is _Phase.QUIET else self._judge_at
+        if not self._pings_silence:
+            return
+        if self._wake_at is not None:
+            self._wake_at = min(self._wake_at, self._ping_due(self._looked_at))
+            return
+        look_at = self._looked_at + self._least_interval
+        if self._spread >= _ROOM_TO_ROUND:
+            look_at = math.ceil(look_at * _TICKS) / _TICKS
+        self._wake_at = min(look_at, self._ping_due(self._silent_since))
 
     def _judge(self, now: float) -> Verdict:
         """No life came until `_judge_at`, which has passed (K7)."""
@@ -455,10 +482,11 @@ class KeepaliveTimer:
             self._keepalive_pings += 1
         self._phase = _Phase.PINGED
         self._looked_at = now
+        # That of the next silence, which begins after this.
+        self._share = self._random.random()
         self._judge_at = now + self.policy.ping_timeout
         self._extensions = 0
         self._allowance = _UPLOAD_ALLOWANCE * self.policy.ping_timeout
-        self._arm()
 
 
 class IntervalMemory:

@@ -202,31 +202,45 @@ def test_k3_early_and_spurious_calls_change_nothing() -> None:
         assert timer.next_deadline() == 45.0
 
 
-def test_k7_a_deadline_that_life_put_off_needs_no_readers_turn() -> None:
+def test_k7_what_life_put_off_and_what_asks_for_a_ping_need_no_readers_turn() -> None:
     timer = make()
     timer.note_life(10.0)
-    assert timer.postponed(30.0)
-    assert (timer.next_deadline(), timer.pings_sent) == (40.0, 0)
-    # Nothing came since.
-    assert not timer.postponed(40.0)
+    assert not timer.judgement_due(30.0)
+    assert timer.handle_timeout(30.0) is NOTHING
+    assert timer.next_deadline() == 40.0
+    assert not timer.judgement_due(40.0)
     assert timer.handle_timeout(40.0) is SEND_PING
     # The PING was answered, and another is not due yet.
     timer.note_life(40.1)
-    assert timer.postponed(55.0)
+    assert not timer.judgement_due(55.0)
+    assert timer.handle_timeout(55.0) is NOTHING
     assert timer.next_deadline() == about(70.1)
 
 
-def test_k3_a_ping_that_is_due_is_not_postponed_by_life_of_long_ago() -> None:
+def test_k7_both_steps_of_judgement_need_the_readers_turn() -> None:
+    timer = pinged()
+    assert not timer.judgement_due(44.99)
+    assert timer.judgement_due(45.0)
+    assert timer.handle_timeout(45.0) is NOTHING
+    assert not timer.judgement_due(45.0)
+    assert timer.judgement_due(45.0 + STEP)
+    # So it would, had nothing come.
+    timer.note_life(45.01)
+    assert not timer.judgement_due(45.0 + STEP)
+
+
+def test_k7_after_a_stall_a_ping_waits_for_the_readers_turn_too() -> None:
     timer = make()
-    timer.note_life(0.0)
-    assert not timer.postponed(30.0)
-    assert timer.handle_timeout(30.0) is SEND_PING
+    assert not timer.judgement_due(30.5)
+    assert timer.judgement_due(30.6)
+    timer.note_life(30.6)
+    assert timer.handle_timeout(30.6) is NOTHING
 
 
-def test_k11_on_an_unused_connection_life_postpones_for_ever() -> None:
+def test_k11_on_an_unused_connection_there_is_nothing_to_judge() -> None:
     timer = make(streams=0)
     timer.note_life(10.0)
-    assert timer.postponed(1e6)
+    assert not timer.judgement_due(1e6)
     assert timer.next_deadline() is None
 
 
@@ -887,14 +901,50 @@ def test_k15_is_drawn_once_per_silence() -> None:
     timer.note_stream_opened()
     for now in range(20, 28):
         timer.note_life(float(now))
-    assert verdicts(timer, until=27.0 + 28.5) == [(27.0 + 28.5, SEND_PING)]
+    assert verdicts(timer, until=27.0 + 28.4) == []
     assert source.draws == 2
+    assert verdicts(timer, until=27.0 + 28.5) == [(27.0 + 28.5, SEND_PING)]
+    # With a PING that of the silence after it is drawn.
+    assert source.draws == 3
+    timer.note_life(60.0)
+    assert verdicts(timer, until=60.0 + 28.4) == []
+    assert source.draws == 3
 
 
 def test_k15_a_new_interval_keeps_the_silences_fraction() -> None:
     timer = make(Keepalive(jitter=0.1), 0.5, 0.0)
     timer.use_interval(60.0)
     assert verdicts(timer, until=60.0) == [(about(57.0), SEND_PING)]
+
+
+@pytest.mark.parametrize("interval", [1.0, 30.0, 123.4])
+def test_k14_k15_connections_share_wake_ups_within_what_the_jitter_leaves(interval: float) -> None:
+    """Answers come within 10 ms, and ping_timeout is too long to need a look of its own."""
+    source = random.Random(14)
+    moments: set[float] = set()
+    sent = 0
+    for _ in range(500):
+        begin = source.uniform(0.0, interval)
+        timer = KeepaliveTimer(Keepalive(interval, 2 * interval, while_idle=True), source, begin)
+        life = begin
+        for _ in range(20):
+            now = timer.next_deadline()
+            assert now is not None
+            moments.add(now)
+            verdict = timer.handle_timeout(now)
+            if verdict is SEND_PING:
+                assert 0.9 * interval - 1e-9 <= now - life <= interval
+                sent += 1
+                life = now + source.uniform(0.0001, 0.01)
+                timer.note_life(life)
+    assert {moment * 64 % 1 for moment in moments} == {0.0}
+    # Few wakes bring no PING.
+    assert sent > 0.9 * 500 * 20
+
+
+def test_k15_where_the_jitter_leaves_no_room_nothing_is_rounded() -> None:
+    timer = make(Keepalive(read_idle_timeout=0.5, jitter=0.1), 0.3, now=0.001)
+    assert verdicts(timer, until=0.6) == [(about(0.001 + 0.465), SEND_PING)]
 
 
 def test_k15_clients_of_one_moment_spread() -> None:

@@ -170,12 +170,14 @@ class Connection:
         stuck = self._stuck_deadline()
         return deadline if stuck is None or (deadline is not None and deadline < stuck) else stuck
 
-    def postponed(self, now: float) -> bool:
-        """Whether nothing is due any more, as life has put it off; `handle_timeout` needs not be called then."""
-        if self.closed or not self.keepalive.postponed(now):
+    def judgement_due(self, now: float) -> bool:
+        """Whether `handle_timeout` may find somebody out of time now, so that the reader must have its turn before."""
+        if self.closed:
             return False
-        deadline = self.next_deadline()
-        return deadline is None or now < deadline
+        alarm, stuck = self._alarms.next_deadline(), self._stuck_deadline()
+        if (alarm is not None and now >= alarm) or (stuck is not None and now >= stuck):
+            return True
+        return self.keepalive.judgement_due(now)
 
     # Requests
 
@@ -381,7 +383,7 @@ class Connection:
         self._end(error, now, in_order=cause is None and not self.open_streams)
 
     def handle_timeout(self, now: float) -> None:
-        """Act on every deadline that has passed. The runner makes two scheduler passes before each call (K7)."""
+        """Act on every deadline that has passed; where `judgement_due`, after two passes of the scheduler (K7)."""
         if self.closed:
             return
         for stream in self._alarms.due(now):

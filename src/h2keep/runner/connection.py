@@ -391,22 +391,21 @@ class Http2Connection:
         data = b""
         if self.protocol.has_data_to_send():
             data = self.protocol.data_to_send(limit, self.loop.time())
-            self._settle()
+            if self._open_before:
+                # Without a request it was but control frames, whose leaving changes nothing.
+                self._settle()
         return self.transport.security.encrypt(data)
 
     def next_deadline(self) -> float | None:
         """When `deadline_due` is to be called."""
         return self.protocol.next_deadline()
 
-    def postponed(self) -> bool:
-        """Whether the deadline that has passed is none any more, as life came since; asked before `deadline_due`."""
-        now = self.loop.time()
-        self._look_for_gap(now)
-        return self.protocol.postponed(now)
+    def judgement_due(self, now: float) -> bool:
+        """Whether the reader must have its chance before `deadline_due` is called (K7)."""
+        return self.protocol.judgement_due(now)
 
-    def deadline_due(self, *, upload_progressed: bool) -> None:
-        """The deadline has passed, and the reader had its chance since (K7)."""
-        now = self.loop.time()
+    def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
+        """The deadline has passed."""
         self._look_for_gap(now)
         if upload_progressed:
             self.protocol.note_upload_progress(now)

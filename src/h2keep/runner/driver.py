@@ -28,7 +28,6 @@ if sys.platform == "linux":
     import termios
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Coroutine
 
     from h2keep.runner.connection import Http2Connection
@@ -215,6 +214,9 @@ class SocketDriver(ABC):
                 body_before = connection.protocol.body_bytes_sent
                 self._unsent = connection.next_write(self._pacer.budget)
                 if connection.protocol.body_bytes_sent != body_before:
+                    if self._acknowledged >= self._upload_mark:
+                        # What was written before an upload is no part of it.
+                        self._acknowledged = self._written
                     self._upload_mark = self._written + len(self._unsent)
             if not self._unsent:
                 self._pacer.note_idle()
@@ -237,12 +239,14 @@ class SocketDriver(ABC):
 
     def _upload_progressed(self) -> bool:
         """Whether the peer's TCP acknowledged more of an upload since the last look (K4)."""
+        before = self._acknowledged
+        if before >= self._upload_mark:
+            return False
         unacknowledged = _unacknowledged(self._socket)
         if unacknowledged is None:
             return False
-        uploading = self._acknowledged < self._upload_mark
-        before, self._acknowledged = self._acknowledged, self._written - unacknowledged
-        return uploading and self._acknowledged > before
+        self._acknowledged = max(before, self._written - unacknowledged)
+        return self._acknowledged > before
 
     def _bound_kernel_buffer(self) -> None:
         if _NOTSENT_LOWAT is not None and self._socket.family != socket.AF_UNIX:
@@ -306,13 +310,14 @@ class AnyioDriver(SocketDriver):
             with anyio.CancelScope(deadline=deadline):
                 await self._timer.park()
                 continue
-            if connection.postponed():
-                continue
-            # The reader's turn before judgement (K7).
-            await checkpoint()
-            await checkpoint()
-            if time() >= deadline and not self._stopped:
-                connection.deadline_due(upload_progressed=self._upload_progressed())
+            now = time()
+            if connection.judgement_due(now):
+                # The reader's turn before it (K7).
+                await checkpoint()
+                await checkpoint()
+                now = time()
+            if not self._stopped:
+                connection.deadline_due(now, upload_progressed=self._upload_progressed())
 
 
 class CallbackDriver(SocketDriver):
@@ -323,7 +328,8 @@ class CallbackDriver(SocketDriver):
         self._asyncio = loop.native
         self._context = loop.callback_context
         self._end = self._loop.parker()
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarms = loop.alarms
+        self._alarm: float | None = None
         #: `_write` is going to be called, soon or when the socket takes more.
         self._writing = False
         self._blocked = False
@@ -342,7 +348,7 @@ class CallbackDriver(SocketDriver):
 
     def _let_go(self) -> None:
         if self._alarm is not None:
-            self._alarm.cancel()
+            self._alarms.let_sleep(self, self._alarm)
         self._end.unpark()
         self._asyncio.remove_reader(self._socket)
         self._asyncio.remove_writer(self._socket)
@@ -411,24 +417,33 @@ class CallbackDriver(SocketDriver):
     def wake_timer(self) -> None:
         """Driver."""
         if self._alarm is not None:
-            self._alarm.cancel()
+            self._alarms.let_sleep(self, self._alarm)
             self._alarm = None
         deadline = self._connection.timer_armed_for = self._connection.next_deadline()
         if deadline is not None and not self._asyncio.is_closed():
-            self._alarm = self._asyncio.call_at(deadline, self._run, self._time_is_up, context=self._context)
+            self._alarm = deadline
+            self._alarms.wake(self, deadline)
 
-    def _time_is_up(self) -> None:
-        if self._connection.postponed():
-            self.wake_timer()
+    def time_is_up(self, moment: float) -> None:
+        """Sleeper."""
+        if moment == self._alarm:
+            self._alarm = None
+            self._run(self._look_at_time)
+
+    def _look_at_time(self) -> None:
+        now = self._loop.time()
+        if self._connection.judgement_due(now):
+            # The reader's turn before it (K7): two passes of the loop.
+            self._soon(lambda: self._soon(lambda: self._act(self._loop.time())))
         else:
-            # The reader's turn before judgement (K7): two passes of the loop.
-            self._soon(lambda: self._soon(self._judge))
+            self._act(now)
 
-    def _judge(self) -> None:
-        connection = self._connection
-        deadline = connection.timer_armed_for
-        if deadline is not None and self._loop.time() >= deadline:
-            connection.deadline_due(upload_progressed=self._upload_progressed())
+    def _act(self, now: float) -> None:
+        # A PING leaves at once: unlike a request it has no company to wait for.
+        writes, self._writing = not self._writing, True
+        self._connection.deadline_due(now, upload_progressed=self._upload_progressed())
+        if writes:
+            self._write()
         if not self._stopped:
             self.wake_timer()
 

@@ -11,7 +11,7 @@ import contextvars
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio.lowlevel import current_token
 
@@ -108,10 +108,60 @@ class _AsyncioParker(Parker):
         self._permit = False
 
 
+class Sleeper(Protocol):
+    """What `AsyncioAlarms` wakes."""
+
+    def time_is_up(self, moment: float) -> None:
+        """It is the moment that was asked for, if it still is what is wanted. Doesn't raise an `Exception`."""
+
+
+class AsyncioAlarms:
+    """`call_at` for many sleepers: those of the same moment share one timer, which costs as much as one of them."""
+
+    __slots__ = ("_context", "_loop", "_moments")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
+        self._loop = loop
+        self._context = context
+        self._moments: dict[float, tuple[asyncio.TimerHandle, dict[Sleeper, None]]] = {}
+
+    def wake(self, sleeper: Sleeper, moment: float) -> None:
+        """Call its `time_is_up` then."""
+        known = self._moments.get(moment)
+        if known is None:
+            timer = self._loop.call_at(moment, self._ring, moment, context=self._context)
+            self._moments[moment] = timer, {sleeper: None}
+        else:
+            known[1][sleeper] = None
+
+    def let_sleep(self, sleeper: Sleeper, moment: float) -> None:
+        """Don't, unless it is that moment already."""
+        known = self._moments.get(moment)
+        if known is None:
+            return
+        timer, sleepers = known
+        sleepers.pop(sleeper, None)
+        if not sleepers:
+            del self._moments[moment]
+            timer.cancel()
+
+    def _ring(self, moment: float) -> None:
+        self._wake_all(moment, self._moments.pop(moment)[1])
+
+    def _wake_all(self, moment: float, sleepers: dict[Sleeper, None]) -> None:
+        try:
+            while sleepers:
+                sleepers.popitem()[0].time_is_up(moment)
+        finally:
+            # Somebody interrupted the loop, which may go on yet.
+            if sleepers:
+                self._loop.call_soon(self._wake_all, moment, sleepers, context=self._context)
+
+
 class AsyncioLoop(EventLoop):
     """asyncio's, or one like it."""
 
-    __slots__ = ("_tasks", "callback_context", "native", "time")
+    __slots__ = ("_tasks", "alarms", "callback_context", "native", "time")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.native = loop
@@ -122,6 +172,7 @@ class AsyncioLoop(EventLoop):
         sniffio = sys.modules.get("sniffio")
         if sniffio is not None:
             self.callback_context.run(sniffio.current_async_library_cvar.set, "asyncio")
+        self.alarms = AsyncioAlarms(loop, self.callback_context)
         # The loop itself holds tasks but weakly.
         self._tasks: set[asyncio.Task[None]] = set()
 
