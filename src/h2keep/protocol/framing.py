@@ -31,7 +31,7 @@ __all__ = [
     "unpack_header",
 ]
 
-#: The largest frame that we accept, and send: the size that every peer accepts.
+#: The largest frame that we accept: the size that every peer accepts, too, whatever its SETTINGS say.
 MAX_FRAME_SIZE = 16_384
 MAX_HEADER_BLOCK = 64 * 1024
 MAX_CONTINUATIONS = 64

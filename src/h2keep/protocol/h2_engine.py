@@ -363,7 +363,7 @@ class H2Engine:
             return
         code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
         self.max_concurrent_streams = frame.settings.get(code, self.max_concurrent_streams)
-        self.max_frame_size = min(self._h2.max_outbound_frame_size, MAX_FRAME_SIZE)
+        self.max_frame_size = self._h2.max_outbound_frame_size
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
@@ -438,7 +438,7 @@ class H2Engine:
     def _header_frames(self, stream_id: int, headers: Headers, end_stream: bool) -> bytes:
         """HEADERS and, unbroken, the CONTINUATIONs that it needs (K5)."""
         block = self._encoder.block(headers)
-        size = self.max_frame_size
+        size = MAX_FRAME_SIZE
         flags = END_STREAM if end_stream else 0
         if len(block) <= size:
             return frame_header(len(block), HEADERS, flags | END_HEADERS, stream_id) + block

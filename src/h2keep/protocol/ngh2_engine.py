@@ -436,6 +436,7 @@ class Ngh2Engine:
         settings = dict(_SETTING.iter_unpack(body))
         self._check_settings(settings)
         self.max_concurrent_streams = settings.get(_MAX_CONCURRENT_STREAMS, self.max_concurrent_streams)
+        self.max_frame_size = settings.get(_SETTING_MAX_FRAME_SIZE, self.max_frame_size)
         window = settings.get(_INITIAL_WINDOW_SIZE)
         if window is not None:
             for stream in self._streams.values():
