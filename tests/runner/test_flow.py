@@ -371,7 +371,8 @@ async def test_k23_replies_that_a_blocked_writer_cannot_send_end_the_connection(
         before = -1
         while connection.protocol.body_bytes_sent != before:
             before = connection.protocol.body_bytes_sent
-            await anyio.sleep(0.1)
+            # Longer than TCP waits before it asks whether the window is still closed.
+            await anyio.sleep(0.3)
         for _ in range(11):
             await peer.send(*(frames.PingFrame(0, b"pingping") for _ in range(100)))
             await anyio.sleep(0.01)
