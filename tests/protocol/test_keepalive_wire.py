@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 
 import h2.events
+import h2.settings
 import pytest
+from hyperframe import frame as frames
 
 from h2keep.errors import PingTimeout
 from h2keep.keepalive import Keepalive, PingPurpose
 from h2keep.protocol import events
-from support.pair import Pair
+from support.pair import Pair, parse_frames
 
 DEFAULT = Keepalive(jitter=0.0)
 
@@ -121,6 +123,82 @@ def test_k5_bodies_take_turns() -> None:
     pair.run(1.0)
     order = [event.stream_id for event in pair.server_events if isinstance(event, h2.events.DataReceived)]
     assert order[:6] == streams * 2
+
+
+def open_windows(pair: Pair, *streams: int) -> None:
+    """Give the client all the credit that it can use, so that frames are of the size that it likes."""
+    pair.run(1.0)
+    pair.server.increment_flow_control_window(10_000_000)
+    for stream_id in streams:
+        pair.server.increment_flow_control_window(10_000_000, stream_id)
+    pair.run(1.0)
+
+
+def body_frames(pair: Pair, bodies: dict[int, bytes]) -> list[tuple[int, int]]:
+    """Send bodies at once: the DATA frames' streams and lengths, in order."""
+    open_windows(pair, *bodies)
+    out: list[frames.Frame] = []
+    pair.on_client_bytes = lambda data: out.extend(parse_frames(data))
+    for stream_id, body in bodies.items():
+        pair.client.send_data(stream_id, body, end_stream=True, now=pair.now)
+    pair.run(1.0)
+    assert sum(isinstance(event, h2.events.StreamEnded) for event in pair.server_events) == len(bodies)
+    return [(frame.stream_id, len(frame.data)) for frame in out if isinstance(frame, frames.DataFrame)]
+
+
+def larger_frames() -> Pair:
+    """A pair whose server takes larger frames than it must."""
+    pair = Pair(Keepalive(read_idle_timeout=None))
+    pair.run(1.0)
+    pair.server.update_settings({h2.settings.SettingCodes.MAX_FRAME_SIZE: 50_000})
+    pair.pump()
+    pair.run(1.0)
+    return pair
+
+
+def test_k5_a_body_that_is_alone_goes_out_in_frames_as_large_as_the_peer_takes() -> None:
+    pair = larger_frames()
+    stream_id = pair.request(end_stream=False)
+    lengths = [length for _, length in body_frames(pair, {stream_id: bytes(range(256)) * 1_000})]
+    assert sum(lengths) == 256_000
+    assert max(lengths) == 50_000
+    # No write is longer than it may be for their sake (K5), but for the frames' headers.
+    assert lengths[0] + lengths[1] == pair.write_limit
+    data = b"".join(event.data for event in pair.server_events if isinstance(event, h2.events.DataReceived))
+    assert data == bytes(range(256)) * 1_000
+
+
+def test_k5_bodies_that_take_turns_go_out_in_common_frames() -> None:
+    pair = larger_frames()
+    streams = [pair.request(end_stream=False) for _ in range(2)]
+    sent = body_frames(pair, dict.fromkeys(streams, bytes(40_000)))
+    assert [stream_id for stream_id, _ in sent[:4]] == streams * 2
+    assert max(length for _, length in sent) == 16_384
+    assert sum(length for _, length in sent) == 80_000
+
+
+def test_k5_a_peer_that_takes_small_frames_again_gets_them() -> None:
+    pair = larger_frames()
+    pair.server.update_settings({h2.settings.SettingCodes.MAX_FRAME_SIZE: 16_384})
+    pair.pump()
+    pair.run(1.0)
+    stream_id = pair.request(end_stream=False)
+    assert max(length for _, length in body_frames(pair, {stream_id: bytes(100_000)})) == 16_384
+
+
+def test_k5_pieces_to_send_are_what_data_to_send_joins() -> None:
+    whole, cut = larger_frames(), larger_frames()
+    joined, pieces = [], []
+    for pair in whole, cut:
+        stream_id = pair.request(end_stream=False)
+        open_windows(pair, stream_id)
+        pair.client.send_data(stream_id, random.Random(1).randbytes(300_000), end_stream=True, now=pair.now)
+    while whole.client.has_data_to_send():
+        joined.append(whole.client.data_to_send(200_000, whole.now))
+        pieces.append(cut.client.pieces_to_send(200_000, cut.now))
+    assert [b"".join(some) for some in pieces] == joined
+    assert [len(some) for some in pieces] == [4, 2]
+    assert {len(piece) for some in pieces for piece in some[:-1]} == {65_536}
 
 
 def test_k10_a_cancelled_request_on_a_silent_connection_sends_a_ping_with_the_reset() -> None:

@@ -79,6 +79,38 @@ def test_k5_a_burst_is_no_rate() -> None:
     assert pacer.budget == 64 * KIB
 
 
+def test_k5_pauses_hide_no_high_rate() -> None:
+    pacer = WritePacer()
+    for burst in range(100):
+        # A megabyte of window at a time, and a pause until there is more of it.
+        for part in range(16):
+            pacer.note_written(64 * KIB, burst / 500 + part / 20_000)
+        pacer.note_idle()
+    assert pacer.budget == 256 * KIB
+
+
+def test_k5_what_the_kernel_merely_holds_is_no_rate() -> None:
+    pacer = WritePacer()
+    for minute in range(10):
+        for seconds in 0.0, 0.06:
+            pacer.note_written(128 * KIB, minute * 60 + seconds)
+            pacer.note_idle()
+    assert pacer.budget == 64 * KIB
+
+
+def test_k5_pauses_are_no_low_rate() -> None:
+    pacer = WritePacer()
+    now = write_at(pacer, 100 * KIB * KIB, 1.0)
+    for _ in range(1_000):
+        now += 0.01
+        pacer.note_written(100, now)
+        pacer.note_idle()
+    assert pacer.budget == 256 * KIB
+    # Without pauses it is one.
+    write_at(pacer, 100, 1.0, now + 0.01)
+    assert pacer.budget == 16 * KIB
+
+
 # Over sockets
 
 

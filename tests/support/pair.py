@@ -22,8 +22,9 @@ from h2keep.protocol import Connection, events
 from h2keep.protocol.flow import PROCESS_GROWTH, GrowthBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 REQUEST = [(b":method", b"GET"), (b":authority", b"example.com"), (b":scheme", b"https"), (b":path", b"/")]
 #: Steps after which a schedule is taken to go round in circles.
 STEP_BOUND = 100_000
@@ -139,11 +140,16 @@ class Pair:
         while self.to_client and self.to_client[0][0] <= self.now:
             self._client_receives(self.to_client.popleft()[1])
         while self.server_reads and self.to_server and self.to_server[0][0] <= self.now:
-            for event in self.server.receive_data(self.to_server.popleft()[1]):
-                self.server_events.append(event)
-                if isinstance(event, h2.events.PingReceived):
-                    self.pings.append(self.now)
-                self.on_server_event(event)
+            # One by one: h2 admits frames of the size that its SETTINGS allow from the call after their ACK on.
+            for frame in _frames(self.to_server.popleft()[1]):
+                self._server_receives(frame)
+
+    def _server_receives(self, data: bytes) -> None:
+        for event in self.server.receive_data(data):
+            self.server_events.append(event)
+            if isinstance(event, h2.events.PingReceived):
+                self.pings.append(self.now)
+            self.on_server_event(event)
 
     def _client_receives(self, data: bytes) -> None:
         while data:
@@ -194,9 +200,18 @@ class Pair:
         return None
 
 
+def _frames(data: bytes) -> Iterator[bytes]:
+    """Whole output cut into frames, the connection's preface together with its first."""
+    start, header = 0, len(_PREFACE) if data.startswith(_PREFACE) else 0
+    while start < len(data):
+        end = header + 9 + int.from_bytes(data[header : header + 3])
+        yield data[start:end]
+        start = header = end
+
+
 def parse_frames(data: bytes) -> list[frames.Frame]:
     """The frames that whole output consists of, after the connection's preface if it is there."""
-    data = data.removeprefix(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    data = data.removeprefix(_PREFACE)
     view, parsed = memoryview(data), []
     while view:
         frame, length = frames.Frame.parse_frame_header(view[:9])

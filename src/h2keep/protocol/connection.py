@@ -134,7 +134,11 @@ class Connection:
 
         Call it only when what it returned before has been taken by the transport.
         """
-        data, complete, relieved = self._outbox.collect(limit, now)
+        return b"".join(self.pieces_to_send(limit, now))
+
+    def pieces_to_send(self, limit: int, now: float) -> list[bytes | memoryview]:
+        """As `data_to_send`, in pieces, for transports to which joining them would be a copy more."""
+        pieces, complete, relieved = self._outbox.collect(limit, now)
         self._control_queued = False
         self._replies = 0
         self._replies_since = None
@@ -147,7 +151,7 @@ class Connection:
                 self._arm(stream, now)
         for stream in relieved:
             self._events.append(events.BodyRoom(stream.id))
-        return data
+        return pieces
 
     @property
     def body_bytes_sent(self) -> int:

@@ -26,12 +26,13 @@ __all__ = [
     "SETTINGS",
     "UNDERSTOOD",
     "WINDOW_UPDATE",
+    "data_run",
     "frame_header",
     "objection_to_greeting",
     "unpack_header",
 ]
 
-#: The largest frame that we accept, and send: the size that every peer accepts.
+#: The largest frame that we accept: the size that every peer accepts, too, whatever its SETTINGS say.
 MAX_FRAME_SIZE = 16_384
 MAX_HEADER_BLOCK = 64 * 1024
 MAX_CONTINUATIONS = 64
@@ -56,6 +57,29 @@ unpack_header = _HEADER.unpack_from
 def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """A frame up to its payload."""
     return _HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
+
+
+def data_run(data: bytes, start: int, stop: int, room: int) -> tuple[bytes, int]:
+    """What the DATA frame from `start` to `stop` holds, and those like it right after it; and where the last ends.
+
+    Alike are frames of the same stream and flags (which must not tell of padding) that are whole, not empty, and not
+    too long. Of those that follow the first, no more are taken than fit into `room` together with it.
+    """
+    kind = data[start + 3 : start + 9]
+    if data[stop + 3 : stop + 9] != kind:
+        return data[start + 9 : stop], stop
+    view, end = memoryview(data), len(data)
+    parts = [view[start + 9 : stop]]
+    room -= len(parts[0])
+    while data[stop + 3 : stop + 9] == kind:
+        length = int.from_bytes(data[stop : stop + 3])
+        body, following = stop + 9, stop + 9 + length
+        room -= length
+        if following > end or not 0 < length <= MAX_FRAME_SIZE or room < 0:
+            break
+        parts.append(view[body:following])
+        stop = following
+    return b"".join(parts), stop
 
 
 def objection_to_greeting(data: bytes) -> str | None:

@@ -53,6 +53,7 @@ from h2keep.protocol.framing import (
     SETTINGS,
     UNDERSTOOD,
     WINDOW_UPDATE,
+    data_run,
     frame_header,
     objection_to_greeting,
     unpack_header,
@@ -129,9 +130,19 @@ class H2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
+        start = 0
         if self._partial:
-            data = self._partial + data
-        start, end = 0, len(data)
+            # No frame takes more than that; what follows this one is spared the copy.
+            start = min(len(data), 9 + MAX_FRAME_SIZE)
+            self._parse_frames(self._partial + data[:start], 0)
+            if start == len(data):
+                return
+            start -= len(self._partial)
+        self._parse_frames(data, start)
+
+    def _parse_frames(self, data: bytes, start: int) -> None:
+        """Act on the frames from `start` on; what is left over waits for the rest of its frame."""
+        end = len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
         while end - start >= 9:
@@ -140,10 +151,16 @@ class H2Engine:
             if length > MAX_FRAME_SIZE:
                 reason = f"a frame of {length} bytes, above the limit of {MAX_FRAME_SIZE}"
                 self._fail(ErrorCode.FRAME_SIZE_ERROR, reason)
-            if end - start < 9 + length:
+            stop = start + 9 + length
+            if end < stop:
                 break
-            self._receive_frame(kind, flags, stream_id & 0x7FFF_FFFF, data[start + 9 : start + 9 + length])
-            start += 9 + length
+            stream_id &= 0x7FFF_FFFF
+            if kind == DATA and not flags and stream_id in self._streams:
+                body, stop = data_run(data, start, stop, self._room(stream_id))
+            else:
+                body = data[start + 9 : stop]
+            self._receive_frame(kind, flags, stream_id, body)
+            start = stop
         self._partial = data[start:]
 
     def _greet(self, data: bytes) -> None:
@@ -212,6 +229,18 @@ class H2Engine:
         if end_stream:
             self._tidy(stream_id)
         self._handler.on_data(stream_id, body, length, end_stream)
+
+    def _room(self, stream_id: int) -> int:
+        """How much DATA on the stream breaks no rule."""
+        stream = self._streams[stream_id]
+        if not stream.state_machine.headers_received:
+            return 0
+        room = min(
+            stream._inbound_window_manager.current_window_size,  # noqa: SLF001
+            self._h2._inbound_flow_control_window_manager.current_window_size,  # noqa: SLF001
+        )
+        declared = stream._expected_content_length  # noqa: SLF001
+        return room if declared is None else min(room, declared - stream._actual_content_length)  # noqa: SLF001
 
     def _charge(self, length: int) -> None:
         """DATA came, for whatever stream: the connection's window pays, padding included."""
@@ -363,7 +392,7 @@ class H2Engine:
             return
         code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
         self.max_concurrent_streams = frame.settings.get(code, self.max_concurrent_streams)
-        self.max_frame_size = min(self._h2.max_outbound_frame_size, MAX_FRAME_SIZE)
+        self.max_frame_size = self._h2.max_outbound_frame_size
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
@@ -438,7 +467,7 @@ class H2Engine:
     def _header_frames(self, stream_id: int, headers: Headers, end_stream: bool) -> bytes:
         """HEADERS and, unbroken, the CONTINUATIONs that it needs (K5)."""
         block = self._encoder.block(headers)
-        size = self.max_frame_size
+        size = MAX_FRAME_SIZE
         flags = END_STREAM if end_stream else 0
         if len(block) <= size:
             return frame_header(len(block), HEADERS, flags | END_HEADERS, stream_id) + block

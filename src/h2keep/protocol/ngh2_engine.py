@@ -49,6 +49,7 @@ from h2keep.protocol.framing import (
     SETTINGS,
     UNDERSTOOD,
     WINDOW_UPDATE,
+    data_run,
     frame_header,
     objection_to_greeting,
     unpack_header,
@@ -200,9 +201,19 @@ class Ngh2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
+        start = 0
         if self._partial:
-            data = self._partial + data
-        start, end = 0, len(data)
+            # No frame takes more than that; what follows this one is spared the copy.
+            start = min(len(data), 9 + MAX_FRAME_SIZE)
+            self._parse(self._partial + data[:start], 0)
+            if start == len(data):
+                return
+            start -= len(self._partial)
+        self._parse(data, start)
+
+    def _parse(self, data: bytes, start: int) -> None:
+        """Act on the frames from `start` on; what is left over waits for the rest of its frame."""
+        end = len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
         streams = self._streams
@@ -220,7 +231,11 @@ class Ngh2Engine:
             if stream is None or self._block_stream:
                 self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
             elif kind == DATA:
-                self._receive_data(flags, stream_id, stream, data[start + 9 : stop])
+                if flags or not stream.answered:
+                    body = data[start + 9 : stop]
+                else:
+                    body, stop = data_run(data, start, stop, self._room(stream))
+                self._receive_data(flags, stream_id, stream, body)
             elif kind == HEADERS and flags & END_HEADERS:
                 self._receive_headers(stream_id, stream, data[start:stop], flags)
             else:
@@ -282,6 +297,11 @@ class Ngh2Engine:
             self._tell_end(stream_id)
             self._note_end(stream_id, stream)
         self._handler.on_data(stream_id, body, length, end_stream)
+
+    def _room(self, stream: _Stream) -> int:
+        """How much DATA on the stream breaks no rule."""
+        room = min(stream.receive_window, self._receive_window)
+        return room if stream.body_left is None else min(room, stream.body_left)
 
     def _charge(self, length: int) -> None:
         """DATA came, for whatever stream: the connection's window pays, padding included."""
@@ -444,6 +464,7 @@ class Ngh2Engine:
         settings = dict(_SETTING.iter_unpack(body))
         self._check_settings(settings)
         self.max_concurrent_streams = settings.get(_MAX_CONCURRENT_STREAMS, self.max_concurrent_streams)
+        self.max_frame_size = settings.get(_SETTING_MAX_FRAME_SIZE, self.max_frame_size)
         window = settings.get(_INITIAL_WINDOW_SIZE)
         if window is not None:
             for stream in self._streams.values():

@@ -2,7 +2,8 @@
 
 Control frames leave first, then request heads, then bodies, one frame a stream in turn. Heads are encoded and DATA is
 framed only when the runner takes bytes, so whatever is queued here can still be dropped as if it had never been
-(K24), and a PING never stands behind a body.
+(K24), and a PING never stands behind a body. A body that is alone goes out in frames as large as the peer takes, with
+no other copy than what joins them to their neighbours.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from typing import TYPE_CHECKING
+
+from h2keep.protocol.framing import MAX_FRAME_SIZE
 
 if TYPE_CHECKING:
     from h2keep.protocol.engine import Engine
@@ -21,6 +24,9 @@ __all__ = ["Outbox"]
 LOW_WATER = 32 * 1024
 #: A body's producer is asked to wait when more than this is queued, in bytes.
 HIGH_WATER = 64 * 1024
+#: What is handed over is cut to pieces of this many bytes: a processor's cache holds them while they are encrypted.
+_PIECE = 64 * 1024
+_LEAST_FRAME = 4 * 1024
 
 
 class Outbox:
@@ -64,8 +70,8 @@ class Outbox:
             return self._engine.send_window(stream.id) > 0
         return stream.upload_ended
 
-    def collect(self, limit: int, now: float) -> tuple[bytes, list[Stream], list[Stream]]:
-        """About `limit` bytes for the peer; streams whose request they complete; streams whose producers may go on.
+    def collect(self, limit: int, now: float) -> tuple[list[bytes | memoryview], list[Stream], list[Stream]]:
+        """About `limit` bytes for the peer, in pieces; streams that they complete; streams whose producers may go on.
 
         Control frames and heads are never split, so the result may be longer by one of them.
         """
@@ -99,7 +105,7 @@ class Outbox:
                 stream.wants_room = False
                 relieved.append(stream)
             self.wake(stream)
-        return b"".join(parts), complete, relieved
+        return ([b"".join(parts)] if size <= _PIECE else _pieces(parts)), complete, relieved
 
     def _send_head(self, stream: Stream, now: float) -> bytes:
         assert stream.fields is not None
@@ -114,25 +120,56 @@ class Outbox:
         return head
 
     def _send_body(self, stream: Stream, limit: int, now: float, parts: list[bytes | memoryview]) -> int:
-        """Add a stream's next frame to `parts`; its size."""
-        engine = self._engine
-        data: bytes | memoryview = b""
-        if stream.queued:
-            size = min(engine.max_frame_size, engine.send_window(stream.id), engine.connection_window())
-            # The limit only shortens a frame where it leaves a useful one; crumbs would cost more than they bound.
-            data = stream.take(min(size, max(limit, 4_096)))
-            self.body_bytes += len(data)
-        last = stream.upload_ended and not stream.queued
-        framed = 0
-        if data or stream.trailers is None:
-            head = engine.send_data(stream.id, data, last and stream.trailers is None)
-            parts += (head, data)
-            framed = len(head) + len(data)
-        if last and stream.trailers is not None:
-            trailers = engine.send_trailers(stream.id, stream.trailers)
-            parts.append(trailers)
-            framed += len(trailers)
+        """Add to `parts` what a stream sends next; its size."""
+        framed = self._frame(stream, limit, parts) if stream.queued else 0
         stream.write_since = now
-        if last:
+        if stream.upload_ended and not stream.queued:
+            if stream.trailers is not None:
+                parts.append(self._engine.send_trailers(stream.id, stream.trailers))
+                framed += len(parts[-1])
+            elif not framed:
+                parts.append(self._engine.send_data(stream.id, b"", True))
+                framed = len(parts[-1])
             stream.end_sent_at = now
         return framed
+
+    def _frame(self, stream: Stream, limit: int, parts: list[bytes | memoryview]) -> int:
+        """Frame what is queued: all that may go, but no more than one common frame while others wait for their turn."""
+        engine = self._engine
+        most = engine.max_frame_size
+        # The limit only shortens a frame where it leaves a useful one; crumbs would cost more than they bound.
+        room = min(engine.send_window(stream.id), engine.connection_window(), max(limit, _LEAST_FRAME))
+        if self._ready:
+            room = most = min(room, MAX_FRAME_SIZE)
+        framed = 0
+        while stream.queued and room:
+            data = stream.take(min(most, room))
+            last = stream.upload_ended and not stream.queued and stream.trailers is None
+            head = engine.send_data(stream.id, data, last)
+            parts += (head, data)
+            self.body_bytes += len(data)
+            room -= len(data)
+            framed += len(head) + len(data)
+        return framed
+
+
+def _pieces(parts: list[bytes | memoryview]) -> list[bytes | memoryview]:
+    """The same bytes, joined or cut to the size of a piece."""
+    pieces: list[bytes | memoryview] = []
+    waiting: list[bytes | memoryview] = []
+    room = _PIECE
+    for part in parts:
+        rest = memoryview(part)
+        while len(rest) > room:
+            waiting.append(rest[:room])
+            pieces.append(_joined(waiting))
+            rest = rest[room:]
+            waiting, room = [], _PIECE
+        waiting.append(rest)
+        room -= len(rest)
+    pieces.append(_joined(waiting))
+    return pieces
+
+
+def _joined(parts: list[bytes | memoryview]) -> bytes | memoryview:
+    return parts[0] if len(parts) == 1 else b"".join(parts)

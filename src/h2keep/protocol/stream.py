@@ -14,7 +14,37 @@ if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
     from h2keep.protocol.flow import ReceiveWindow
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "Waiting"]
+
+#: What comes in pieces of at least this many bytes waits as it came; smaller ones are joined at once (K23).
+_LARGE = 4 * 1024
+
+
+class Waiting:
+    """Body bytes that came in several pieces and wait to be read: `bytes()` joins them."""
+
+    __slots__ = ("_length", "pieces")
+
+    def __init__(self, first: bytes) -> None:
+        self.pieces: list[bytes | bytearray] = [first]
+        self._length = len(first)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def add(self, data: bytes) -> None:
+        """One more piece: by reference if it and the one before are large, else copied (K23)."""
+        self._length += len(data)
+        last = self.pieces[-1]
+        if len(data) >= _LARGE and len(last) >= _LARGE:
+            self.pieces.append(data)
+            return
+        if not isinstance(last, bytearray):
+            last = self.pieces[-1] = bytearray(last)
+        last += data
 
 
 class Stream:
@@ -83,7 +113,7 @@ class Stream:
         # Incoming.
         #: None until bytes of the response have been consumed.
         self.window: ReceiveWindow | None = None
-        self.buffer: bytes | bytearray = b""
+        self.buffer: bytes | Waiting = b""
         self.response_seen = False
         self.ended = False
         self.informational = 0
@@ -163,14 +193,13 @@ class Stream:
         return b"".join(parts)
 
     def receive(self, data: bytes) -> None:
-        """Add to what waits to be read: by reference if it is alone, else copied into one buffer (K23)."""
+        """Add to what waits to be read."""
         if not self.buffer:
             self.buffer = data
-        elif isinstance(self.buffer, bytearray):
-            self.buffer += data
-        else:
-            self.buffer = bytearray(self.buffer)
-            self.buffer += data
+            return
+        if isinstance(self.buffer, bytes):
+            self.buffer = Waiting(self.buffer)
+        self.buffer.add(data)
 
     def read_deadline(self) -> float | None:
         """When the read timeout fires, None while its clock doesn't run (K21)."""

@@ -386,15 +386,16 @@ class Http2Connection:
         self.orphaned = True
         self.ended(RuntimeError("its event loop is shutting down"))
 
-    def next_write(self, limit: int) -> bytes:
-        """Ciphertext to hand to the socket, b"" if there is nothing to say."""
-        data = b""
+    def next_write(self, limit: int) -> list[bytes | memoryview]:
+        """Pieces of ciphertext to hand to the socket, none if there is nothing to say."""
+        pieces: list[bytes | memoryview] = []
         if self.protocol.has_data_to_send():
-            data = self.protocol.data_to_send(limit, self.loop.time())
+            pieces = self.protocol.pieces_to_send(limit, self.loop.time())
             if self._open_before:
                 # Without a request it was but control frames, whose leaving changes nothing.
                 self._settle()
-        return self.transport.security.encrypt(data)
+        encrypt = self.transport.security.encrypt
+        return [written for piece in pieces or [b""] if (written := encrypt(piece))]
 
     def next_deadline(self) -> float | None:
         """When `deadline_due` is to be called."""

@@ -79,7 +79,7 @@ class SocketDriver(ABC):
         self._running = 0
         self._gone = anyio.Event()
         self._read_size = _FIRST_READ
-        self._unsent = b""
+        self._unsent: list[bytes | memoryview] = []
         self._written = 0
         self._upload_mark = 0
         self._acknowledged = 0
@@ -172,7 +172,7 @@ class SocketDriver(ABC):
     def _farewell(self) -> None:
         """GOAWAY and close_notify, as far as the kernel takes them."""
         connection = self._connection
-        data = self._unsent + connection.next_write(_TURN) + connection.transport.security.close()
+        data = b"".join([*self._unsent, *connection.next_write(_TURN), connection.transport.security.close()])
         if data:
             self._socket.send(data)
 
@@ -217,15 +217,15 @@ class SocketDriver(ABC):
                     if self._acknowledged >= self._upload_mark:
                         # What was written before an upload is no part of it.
                         self._acknowledged = self._written
-                    self._upload_mark = self._written + len(self._unsent)
+                    self._upload_mark = self._written + sum(map(len, self._unsent))
             if not self._unsent:
                 self._pacer.note_idle()
                 return _Sent.ALL
             try:
-                sent = self._socket.send(self._unsent)
+                sent = _send(self._socket, self._unsent)
             except BlockingIOError:
                 return _Sent.BLOCKED
-            self._unsent = self._unsent[sent:]
+            self._unsent = _after(self._unsent, sent)
             self._written += sent
             now = time()
             if self._pacer.note_written(sent, now):
@@ -446,6 +446,22 @@ class CallbackDriver(SocketDriver):
             self._write()
         if not self._stopped:
             self.wake_timer()
+
+
+def _send(sock: socket.socket, pieces: list[bytes | memoryview]) -> int:
+    """Hand over as much of the pieces as the socket takes at once; how many bytes that is."""
+    if sys.platform == "win32" or len(pieces) == 1:
+        return sock.send(pieces[0])
+    return sock.sendmsg(pieces)
+
+
+def _after(pieces: list[bytes | memoryview], taken: int) -> list[bytes | memoryview]:
+    """What follows so many bytes of the pieces."""
+    for index, piece in enumerate(pieces):
+        if taken < len(piece):
+            return [memoryview(piece)[taken:], *pieces[index + 1 :]]
+        taken -= len(piece)
+    return []
 
 
 def _unacknowledged(sock: socket.socket) -> int | None:

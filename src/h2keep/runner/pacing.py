@@ -17,15 +17,21 @@ _MEASURE = 0.05
 
 
 class WritePacer:
-    """Sizes writes by the socket's rate, as far as it is known."""
+    """Sizes writes by the socket's rate, as far as it is known.
 
-    __slots__ = ("_since", "_written", "budget")
+    Between two pauses, which are most of the time where the peer's windows are small, there is often not enough to
+    measure by. A rate with pauses in it is too low, and too high by what the kernel merely holds; less that, it is one
+    that the socket reaches at least.
+    """
+
+    __slots__ = ("_paused", "_since", "_written", "budget")
 
     def __init__(self) -> None:
         #: Bytes to hand over at once.
         self.budget = _FIRST
         self._since: float | None = None
         self._written = 0
+        self._paused = False
 
     def note_written(self, amount: int, now: float) -> bool:
         """The socket took bytes; whether the budget changed."""
@@ -35,12 +41,12 @@ class WritePacer:
         elapsed = now - self._since
         if elapsed < _MEASURE:
             return False
-        rate = self._written / elapsed
-        self._since, self._written = now, 0
-        before, self.budget = self.budget, max(_LEAST, min(_MOST, int(rate * _SECONDS)))
+        least = self.budget if self._paused else _LEAST
+        written = self._written - _MOST if self._paused else self._written
+        self._since, self._written, self._paused = now, 0, False
+        before, self.budget = self.budget, max(least, min(_MOST, int(written / elapsed * _SECONDS)))
         return self.budget != before
 
     def note_idle(self) -> None:
-        """There is nothing to write, so what follows says nothing about the rate until now."""
-        self._since = None
-        self._written = 0
+        """There is nothing to write, so the time until there is says nothing against the rate."""
+        self._paused = self._since is not None

@@ -447,7 +447,7 @@ class TunnelLayer:
         plaintext, closed = self._inner.receive(data)
         return plaintext, closed or tunnel_closed
 
-    def encrypt(self, data: bytes) -> bytes:
+    def encrypt(self, data: bytes | memoryview) -> bytes:
         """SecurityLayer."""
         return self._outer.encrypt(self._inner.encrypt(data))
 

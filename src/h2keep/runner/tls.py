@@ -119,7 +119,7 @@ class SecurityLayer(Protocol):
     def receive(self, data: bytes) -> tuple[bytes, bool]:
         """Ciphertext in; the plaintext it completes, and whether it is the last: TLS was closed, or broke."""
 
-    def encrypt(self, data: bytes) -> bytes:
+    def encrypt(self, data: bytes | memoryview) -> bytes:
         """Plaintext in; all that is now to be written."""
 
     def pending(self) -> bool:
@@ -140,9 +140,9 @@ class Cleartext:
         """SecurityLayer."""
         return data, False
 
-    def encrypt(self, data: bytes) -> bytes:
+    def encrypt(self, data: bytes | memoryview) -> bytes:
         """SecurityLayer."""
-        return data
+        return bytes(data)
 
     def pending(self) -> bool:
         """SecurityLayer."""
@@ -296,7 +296,7 @@ class TLSLayer:
         if session is not None and usable and self._on_session is not None:
             self._on_session(session)
 
-    def encrypt(self, data: bytes) -> bytes:
+    def encrypt(self, data: bytes | memoryview) -> bytes:
         """SecurityLayer."""
         if data:
             self.ssl_object.write(data)
