@@ -237,6 +237,28 @@ def test_k23_buffered_data_is_one_buffer_whatever_the_number_of_frames() -> None
     assert pair.client.read(stream_id, pair.now) == b"x" * 20_000
 
 
+def test_k23_of_frames_that_come_together_those_within_the_window_still_count() -> None:
+    pair = Pair(OFF)
+    stream_id = open_response(pair)
+    pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"x" * 16_384) * 9)
+    pair.run(0.1)
+    assert goaway_codes(pair) == [3]
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+    assert pair.client.read(stream_id, pair.now) == b"x" * INITIAL_WINDOW
+
+
+def test_of_frames_that_come_together_those_within_the_declared_length_still_count() -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    pair.server.send_headers(stream_id, [(b":status", b"200"), (b"content-length", b"25")])
+    pair.server_send_raw(frame(frames.DataFrame, stream_id, data=b"0123456789") * 3)
+    pair.run(0.1)
+    assert not pair.client.closed
+    assert isinstance(pair.failure(stream_id), RemoteProtocolError)
+    assert pair.client.read(stream_id, pair.now) == b"0123456789" * 2
+
+
 def test_k23_one_reset_a_stream() -> None:
     pair = Pair(OFF)
     stream_id = open_response(pair)
