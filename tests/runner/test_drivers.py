@@ -105,6 +105,53 @@ async def test_k7_bytes_that_came_while_the_loop_was_blocked_are_read_before_jud
         assert len(peer.pings) == 3
 
 
+async def test_k4_the_socket_is_asked_about_an_upload_only_while_there_is_one(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    def look(_socket: object) -> int:
+        looks.append(anyio.current_time())
+        return 0
+
+    monkeypatch.setattr(driver, "_unacknowledged", look)
+    async with ends.listen() as server, ends.client() as c:
+        server.serve(answering(delay=100.0))
+        await c.get(server.url)
+        assert len(server.peers[0].pings) == 3
+        assert looks == []
+        await c.post(server.url, content=b"little")
+        # At the first PING all of it turns out to have arrived.
+        assert len(looks) == 1
+
+
+async def test_k4_what_was_written_before_an_upload_is_no_progress_of_it(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ends.listen() as server, ends.client() as c, anyio.create_task_group() as tasks:
+        server.serve(answering())
+        await c.get(server.url)
+        [connection] = connections_of(c)
+        its_driver = connection.driver
+        assert isinstance(its_driver, driver.SocketDriver)
+        before = its_driver._written
+        # Of what follows the peer's TCP acknowledges nothing.
+        monkeypatch.setattr(driver, "_unacknowledged", lambda _socket: its_driver._written - before)
+        server.peers[0].stop_reading()
+
+        async def upload() -> None:
+            with pytest.raises(h2keep.PingTimeout):
+                await c.post(server.url, content=bytes(16 * MIB))
+
+        tasks.start_soon(upload)
+        await anyio.wait_all_tasks_blocked()
+        assert its_driver._written > before
+        began = anyio.current_time()
+        assert connection.ping()
+        await its_driver.wait_stopped()
+        assert anyio.current_time() - began == pytest.approx(15.0, abs=0.1)
+
+
 async def test_no_failure_inside_leaves_a_request_waiting(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     async with ends.listen() as server, ends.client() as c:
         server.serve(answering())
