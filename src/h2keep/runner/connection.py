@@ -394,8 +394,10 @@ class Http2Connection:
             if self._open_before:
                 # Without a request it was but control frames, whose leaving changes nothing.
                 self._settle()
-        encrypt = self.transport.security.encrypt
-        return [written for piece in pieces or [b""] if (written := encrypt(piece))]
+        security = self.transport.security
+        if not pieces:
+            return [security.encrypt(b"")] if security.pending() else []
+        return [written for piece in pieces if (written := security.encrypt(piece))]
 
     def next_deadline(self) -> float | None:
         """When `deadline_due` is to be called."""

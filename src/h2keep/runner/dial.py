@@ -52,6 +52,10 @@ class Origin:
     #: The name for SNI and the certificate check where it isn't `host`.
     server_hostname: str | None = None
 
+    def __hash__(self) -> int:
+        # Asked for with every request; a string knows its own.
+        return hash(self.host)
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
