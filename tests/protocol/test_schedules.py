@@ -212,7 +212,7 @@ class World:
             client.note_wall_jump,
             lambda: client.note_upload_progress(now),
             lambda: client.handle_timeout(now),
-            lambda: client.keepalive.use_interval(self.choose.choice([1.0, 60.0])),
+            lambda: client.use_interval(self.choose.choice([1.0, 60.0])),
         ]
         self.choose.choice(moves)()
 

@@ -1,12 +1,14 @@
 """A virtual wire: h2keep's `Connection` at one end, h2 as the server at the other, and time that jumps.
 
 `Pair` moves bytes between the two with a latency, and jumps to whatever is due next. It fails a test by itself when a
-deadline is overdue after it was handled, when time would stand still for ever (a livelock), or when the client breaks
-HTTP/2 in the server's eyes. `black_hole()` drops everything from now on, in both directions.
+deadline is overdue after it was handled or moves to an earlier time unannounced, when time would stand still for ever
+(a livelock), or when the client breaks HTTP/2 in the server's eyes. `black_hole()` drops everything from now on, in
+both directions.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from typing import TYPE_CHECKING
@@ -74,6 +76,7 @@ class Pair:
         self.blocked = False
         self.server_reads = True
         self.steps = 0
+        self._asleep_until = self.client.next_deadline()
         self.pump()
 
     # The wire
@@ -113,10 +116,20 @@ class Pair:
         moments = [wire[0][0] for wire in (self.to_client, self.to_server) if wire]
         if self.to_server and not self.server_reads:
             moments.remove(self.to_server[0][0])
-        deadline = self.client.next_deadline()
+        deadline = self._deadline()
         if deadline is not None:
             moments.append(deadline)
         return min(moments, default=None)
+
+    def _deadline(self) -> float | None:
+        """The client's; a runner that asks for it only when it is told to would have heard of it."""
+        deadline = self.client.next_deadline()
+        if self.client.deadline_moved:
+            self.client.deadline_moved = False
+            self._asleep_until = deadline
+        asleep_until = math.inf if self._asleep_until is None else self._asleep_until
+        assert deadline is None or deadline >= asleep_until, f"{deadline} is earlier than {asleep_until}"
+        return deadline
 
     def step(self, until: float | None = None) -> bool:
         """Jump to the next moment at which something is due, not beyond `until`; False if there is none."""
@@ -127,10 +140,10 @@ class Pair:
             return False
         self.now = max(self.now, moment)
         self._deliver()
-        deadline = self.client.next_deadline()
+        deadline = self._deadline()
         if deadline is not None and deadline <= self.now:
             self.client.handle_timeout(self.now)
-            deadline = self.client.next_deadline()
+            deadline = self._asleep_until = self.client.next_deadline()
             assert deadline is None or deadline > self.now, f"deadline {deadline} is overdue at {self.now}"
         self._drain_events()
         self.pump()

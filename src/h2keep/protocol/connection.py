@@ -327,6 +327,11 @@ class Connection:
         """Whether a request may be given to this connection without asking it for life first (K9)."""
         return self.keepalive.verified(now)
 
+    def use_interval(self, read_idle_timeout: float) -> None:
+        """Put another interval in force, in seconds (K13); see `KeepaliveTimer.use_interval`."""
+        self.keepalive.use_interval(read_idle_timeout)
+        self.deadline_moved = True
+
     def close(self, now: float) -> None:
         """Say GOAWAY; streams that are still open fail."""
         if not self.closed:

@@ -272,7 +272,7 @@ class Http2Connection:
 
     def use_interval(self, read_idle_timeout: float) -> None:
         """The origin's interval changed (K13)."""
-        self.protocol.keepalive.use_interval(read_idle_timeout)
+        self.protocol.use_interval(read_idle_timeout)
         self._check_timer()
 
     def ping(self) -> bool:

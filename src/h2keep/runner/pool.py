@@ -518,7 +518,7 @@ class Pool:
             state.origin, transport, self, self.loop, self._keepalive, self._random, self._hook, self._engine
         )
         if state.memory is not None:
-            connection.protocol.keepalive.use_interval(state.memory.current(self.loop.time()))
+            connection.protocol.use_interval(state.memory.current(self.loop.time()))
         start_driver(connection)
         # Until its SETTINGS come.
         connection.protocol.max_streams = state.streams
