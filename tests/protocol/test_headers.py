@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from h2keep.errors import LocalProtocolError
-from h2keep.protocol.headers import check_fields, request_fields
+from h2keep.protocol.headers import FieldMemory, check_fields, request_fields
 
 
 def test_a_request_head_in_the_order_of_the_wire() -> None:
@@ -88,3 +92,57 @@ def test_two_lengths_must_agree() -> None:
     assert check_fields([(b"content-length", b"5"), (b"content-length", b"5")], into=[]) == 5
     with pytest.raises(LocalProtocolError, match="given twice, as 5 and as 6"):
         check_fields([(b"content-length", b"5"), (b"content-length", b"6")], into=[])
+
+
+def outcome(ask: Any, *request: Any) -> Any:
+    try:
+        return ask(*request)
+    except LocalProtocolError as error:
+        return str(error)
+
+
+FIELDS = st.lists(
+    st.tuples(
+        st.sampled_from([b"a", b"cookie", b"content-length", b"te", b"host", b"A", b""]),
+        st.sampled_from([b"", b"1", b"2", b" 1", b"trailers", b"x\r\ny", b"y" * 300]),
+    ),
+    max_size=5,
+)
+REQUESTS = st.tuples(
+    st.sampled_from([b"GET", b"POST", b"G T"]),
+    st.sampled_from([b"https", b"http"]),
+    st.sampled_from([b"example.com", b"a b"]),
+    st.sampled_from([b"/", b"/p", b"p"]),
+    FIELDS,
+)
+
+
+@given(st.lists(REQUESTS, max_size=20))
+def test_a_memory_changes_nothing_of_what_is_let_through_and_what_is_refused(requests: list[Any]) -> None:
+    memory = FieldMemory()
+    for request in requests:
+        assert outcome(memory.request_fields, *request) == outcome(request_fields, *request)
+
+
+def test_what_a_memory_gave_is_the_callers_own() -> None:
+    memory = FieldMemory()
+    request = (b"GET", b"https", b"example.com", b"/", [(b"a", b"b")])
+    first, _ = memory.request_fields(*request)
+    first.clear()
+    assert memory.request_fields(*request) == request_fields(*request)
+
+
+def test_a_memory_keeps_neither_lengths_nor_long_values_and_is_bounded() -> None:
+    memory = FieldMemory()
+
+    def ask(number: int) -> None:
+        fields = [(b"n", b"%d" % number), (b"content-length", b"%d" % number), (b"long", b"%d" % number * 300)]
+        memory.request_fields(b"GET", b"https", b"example.com", b"/%d" % number, fields)
+
+    for number in range(100):
+        ask(number)
+    assert memory._good == {(b"n", b"%d" % number) for number in range(100)}
+    for number in range(5_000):
+        ask(number)
+        assert len(memory._good) <= 1_024
+        assert len(memory._heads) <= 1_024
