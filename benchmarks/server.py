@@ -37,9 +37,13 @@ class Server:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a case wants of its server: streams a connection, addresses, HTTP/1.1, and a line of so many Mbit/s."""
+    """What a case wants of its server: streams a connection, addresses, HTTP/1.1, and a line of so many Mbit/s.
+
+    `gather`: it makes few system calls of many small writes, each of which stays a frame of its own.
+    """
 
     streams: int = 8192
+    gather: bool = False
     listeners: int = 1
     http1: bool = False
     mbit: float | None = None
@@ -96,6 +100,7 @@ def serve(kit: Kit, placement: Placement, demands: Demands = Demands()) -> Itera
     """Run a server of one's own, which has seen no other client."""
     command = [str(SERVER), "-cert", str(kit.cert), "-streams", str(demands.streams)]
     command += ["-listeners", str(demands.listeners), *(["-http1"] if demands.http1 else [])]
+    command += ["-gather"] if demands.gather else []
     with ExitStack() as stack:
         addresses = stack.enter_context(_running(command, placement))
         https = addresses["https"]

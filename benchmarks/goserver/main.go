@@ -105,7 +105,11 @@ func events(w http.ResponseWriter, r *http.Request) {
 		if interval > 0 {
 			time.Sleep(interval)
 		}
-		event = fmt.Appendf(event[:0], "data: {\"i\":%d,\"ns\":%d,\"delta\":\"token\"}\n\n", i, time.Now().UnixNano())
+		event = append(event[:0], `data: {"i":`...)
+		event = strconv.AppendInt(event, int64(i), 10)
+		event = append(event, `,"ns":`...)
+		event = strconv.AppendInt(event, time.Now().UnixNano(), 10)
+		event = append(event, `,"delta":"token"}`+"\n\n"...)
 		if _, err := w.Write(event); err != nil {
 			return
 		}
@@ -171,6 +175,7 @@ func main() {
 	streams := flag.Int("streams", 8192, "MAX_CONCURRENT_STREAMS")
 	listeners := flag.Int("listeners", 1, "addresses to listen on")
 	http1 := flag.Bool("http1", false, "answer HTTP/1.1 too")
+	gather := flag.Bool("gather", false, "write with one system call what is ready to be written")
 	flag.Parse()
 	pair, err := tls.LoadX509KeyPair(*cert, *cert)
 	if err != nil {
@@ -194,6 +199,9 @@ func main() {
 	for i := range addresses {
 		listener := listen()
 		addresses[i] = listener.Addr().String()
+		if *gather {
+			listener = gatheringListener{listener}
+		}
 		go func() { log.Fatal(server.ServeTLS(listener, "", "")) }()
 	}
 	aside := http.NewServeMux()
