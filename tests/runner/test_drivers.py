@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from hyperframe import frame as frames
 
 import h2keep
@@ -68,6 +69,23 @@ async def test_much_data_goes_out_and_comes_in(ends: Ends) -> None:
         server.serve(serve)
         async with c.stream("POST", server.url, content=body()) as response:
             assert sum([len(chunk) async for chunk in response.aiter_bytes()]) == 4 * MIB
+
+
+async def test_a_request_that_is_alone_is_written_at_once_where_that_takes_no_task(
+    ends: Ends, kind: type[driver.SocketDriver]
+) -> None:
+    async with ends.listen() as server, ends.client() as c:
+        server.serve(answering())
+        await c.get(server.url)
+        [connection] = connections_of(c)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(c.get, server.url)
+            await checkpoint()
+            waiting = [stream for stream in connection.protocol._streams.values() if stream.fields is not None]
+            assert connection.protocol.open_streams == 3
+            assert len(waiting) == (2 if kind is driver.CallbackDriver else 3)
+        assert connection.requests == 4
 
 
 async def test_an_upload_goes_on_when_the_socket_takes_more_again(ends: Ends) -> None:

@@ -54,7 +54,7 @@ class Origin:
 
     def __hash__(self) -> int:
         # Asked for with every request; a string knows its own.
-        return hash(self.host)
+        return hash(self.host) ^ self.port
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
-import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -165,8 +164,7 @@ class AsyncioLoop(EventLoop):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.native = loop
-        # As asyncio's own loops read it, without going through them.
-        self.time = time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
+        self.time = loop.time
         #: For callbacks: nobody's variables, but anyio knows its backend there (within tasks it finds out by itself).
         self.callback_context = contextvars.Context()
         sniffio = sys.modules.get("sniffio")
