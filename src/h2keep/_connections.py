@@ -169,7 +169,7 @@ class Connections:
                 f"{origin}: http:// is HTTP/1.1 here, which has no PINGs; with http1=False it is HTTP/2 with prior "
                 "knowledge"
             )
-        scheme = b"https" if origin.scheme == "https" else b"http"
+        scheme = origin.scheme.encode("ascii")
         head, content_length = self._memory.request_fields(method, scheme, authority, target, fields)
         return PoolRequest(origin, head, content_length, body, timeout, self._replay_buffer)
 

@@ -6,6 +6,10 @@ The bounds of K23 on what one frame and one header block may be are here as well
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "ACK",
@@ -29,6 +33,7 @@ __all__ = [
     "data_run",
     "frame_header",
     "objection_to_greeting",
+    "parse_on",
     "unpack_header",
 ]
 
@@ -80,6 +85,19 @@ def data_run(data: bytes, start: int, stop: int, room: int) -> tuple[bytes, int]
         parts.append(view[body:following])
         stop = following
     return b"".join(parts), stop
+
+
+def parse_on(parse: Callable[[bytes, int], bytes], partial: bytes, data: bytes) -> bytes:
+    """Have `parse` act on what is left of the bytes before and on these; what it leaves of them.
+
+    `parse` takes bytes and an offset, and returns those of a frame that isn't whole.
+    """
+    if not partial:
+        return parse(data, 0)
+    # No frame takes more than that; what follows this one is spared the copy.
+    start = min(len(data), 9 + MAX_FRAME_SIZE)
+    rest = parse(partial + data[:start], 0)
+    return rest if start == len(data) else parse(data, start - len(rest))
 
 
 def objection_to_greeting(data: bytes) -> str | None:

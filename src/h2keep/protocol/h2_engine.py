@@ -56,6 +56,7 @@ from h2keep.protocol.framing import (
     data_run,
     frame_header,
     objection_to_greeting,
+    parse_on,
     unpack_header,
 )
 from h2keep.protocol.hpack_memory import DecodedBlock, Decoder, Encoder
@@ -130,18 +131,10 @@ class H2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
-        start = 0
-        if self._partial:
-            # No frame takes more than that; what follows this one is spared the copy.
-            start = min(len(data), 9 + MAX_FRAME_SIZE)
-            self._parse_frames(self._partial + data[:start], 0)
-            if start == len(data):
-                return
-            start -= len(self._partial)
-        self._parse_frames(data, start)
+        self._partial = parse_on(self._parse_frames, self._partial, data)
 
-    def _parse_frames(self, data: bytes, start: int) -> None:
-        """Act on the frames from `start` on; what is left over waits for the rest of its frame."""
+    def _parse_frames(self, data: bytes, start: int) -> bytes:
+        """Act on the frames from `start` on; what is left over, as the rest of its frame hasn't come."""
         end = len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
@@ -161,7 +154,7 @@ class H2Engine:
                 body = data[start + 9 : stop]
             self._receive_frame(kind, flags, stream_id, body)
             start = stop
-        self._partial = data[start:]
+        return data[start:]
 
     def _greet(self, data: bytes) -> None:
         objection = objection_to_greeting(data)

@@ -52,6 +52,7 @@ from h2keep.protocol.framing import (
     data_run,
     frame_header,
     objection_to_greeting,
+    parse_on,
     unpack_header,
 )
 
@@ -201,18 +202,10 @@ class Ngh2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
-        start = 0
-        if self._partial:
-            # No frame takes more than that; what follows this one is spared the copy.
-            start = min(len(data), 9 + MAX_FRAME_SIZE)
-            self._parse(self._partial + data[:start], 0)
-            if start == len(data):
-                return
-            start -= len(self._partial)
-        self._parse(data, start)
+        self._partial = parse_on(self._parse, self._partial, data)
 
-    def _parse(self, data: bytes, start: int) -> None:
-        """Act on the frames from `start` on; what is left over waits for the rest of its frame."""
+    def _parse(self, data: bytes, start: int) -> bytes:
+        """Act on the frames from `start` on; what is left over, as the rest of its frame hasn't come."""
         end = len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
@@ -241,7 +234,7 @@ class Ngh2Engine:
             else:
                 self._receive_frame(kind, flags, stream_id, stream, data[start:stop])
             start = stop
-        self._partial = data[start:]
+        return data[start:]
 
     def _greet(self, data: bytes) -> None:
         objection = objection_to_greeting(data)

@@ -174,13 +174,7 @@ class Stream:
             chunks[0] = view[size:]
             self.queued -= size
             return view[:size]
-        chunks.popleft()
-        if taken == size or not chunks:
-            self.queued -= taken
-            if not self.queued:
-                self.chunks = None
-            return first
-        parts = [first]
+        parts = [chunks.popleft()]
         while chunks and taken < size:
             part = chunks.popleft()
             if len(part) > size - taken:
@@ -190,7 +184,9 @@ class Stream:
             parts.append(part)
             taken += len(part)
         self.queued -= taken
-        return b"".join(parts)
+        if not chunks:
+            self.chunks = None
+        return first if len(parts) == 1 else b"".join(parts)
 
     def receive(self, data: bytes) -> None:
         """Add to what waits to be read."""

@@ -428,6 +428,7 @@ class Http2Connection:
     def _settle(self) -> None:
         """Act on what the last call to the protocol brought about."""
         protocol = self.protocol
+        # A stream may end without an event: when its response came before its upload's end.
         ended = protocol.open_streams < self._open_before
         self._open_before = protocol.open_streams
         changed = self._dispatch()
