@@ -36,10 +36,12 @@ class Response(BaseResponse):
         """Read the body to its end."""
         if self._content is None:
             self._use_up()
-            chunks = []
-            while chunk := await self._stream.receive():
-                chunks.append(chunk)
-            self._content = b"".join(chunks)
+            self._content = self._stream.take_whole()
+            if self._content is None:
+                chunks = []
+                while chunk := await self._stream.receive():
+                    chunks.append(chunk)
+                self._content = b"".join(chunks)
         return self._content
 
     def aiter_bytes(self) -> AsyncIterator[bytes]:

@@ -33,16 +33,21 @@ class SyncResponse(BaseResponse):
         """Read the body to its end."""
         if self._content is None:
             self._use_up()
-            chunks = []
-            try:
-                while chunk := self._stream.receive():
-                    chunks.append(chunk)
-            except BaseException:
-                # KeyboardInterrupt may come between two chunks.
-                self._stream.close()
-                raise
-            self._content = b"".join(chunks)
+            self._content = self._stream.take_whole()
+            if self._content is None:
+                self._content = self._read_on()
         return self._content
+
+    def _read_on(self) -> bytes:
+        chunks = []
+        try:
+            while chunk := self._stream.receive():
+                chunks.append(chunk)
+        except BaseException:
+            # KeyboardInterrupt may come between two chunks.
+            self._stream.close()
+            raise
+        return b"".join(chunks)
 
     def iter_bytes(self) -> Iterator[bytes]:
         """The body as it comes: whatever waits is one chunk."""

@@ -25,12 +25,9 @@ class Alarms:
         self._heap: list[tuple[float, int, Stream]] = []
         self._live = 0
 
-    def arm(self, stream: Stream, now: float) -> bool:
-        """One of the stream's clocks may have begun to run `now`; whether `next_deadline` is earlier for it."""
-        alarm = stream.alarm
-        if alarm is not None and alarm <= now + stream.patience:
-            return False
-        deadline = stream.deadline()
+    def arm(self, stream: Stream) -> bool:
+        """One of the stream's clocks may have begun to run; whether `next_deadline` is earlier for it."""
+        alarm, deadline = stream.alarm, stream.deadline()
         if deadline is None or (alarm is not None and alarm <= deadline):
             return False
         if alarm is None:
@@ -65,5 +62,5 @@ class Alarms:
             if deadline is not None and deadline <= now:
                 expired.append(stream)
             else:
-                self.arm(stream, now)
+                self.arm(stream)
         return expired

@@ -223,23 +223,29 @@ class Connection:
         now: float,
         *,
         content_length: int | None = None,
+        body: bytes = b"",
         end_stream: bool = True,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
     ) -> int:
         """Queue a request; its stream id.
 
-        `fields` and `content_length` come from `headers.request_fields`. It counts as sent once `data_to_send` has
-        encoded it. The timeouts, in seconds, are K21's.
+        `fields` and `content_length` come from `headers.request_fields`. `body` is what there is of it; more may come
+        by `send_data`, unless `end_stream`. It counts as sent once `data_to_send` has encoded it. The timeouts, in
+        seconds, are K21's. Raises `LocalProtocolError`, having queued nothing, if no request can be opened, or if the
+        body contradicts its declared length.
         """
         if not self.accepting:
             raise LocalProtocolError(f"{self.name}: the connection takes no new requests", unprocessed=True)
-        if end_stream and content_length:
-            raise LocalProtocolError(f"there is no body, but its Content-Length is {content_length}", unprocessed=True)
         stream_id = self._next_stream_id
-        self._next_stream_id += 2
         stream = Stream(stream_id, fields, content_length, read_timeout, write_timeout, now)
-        stream.upload_ended = end_stream
+        if body:
+            stream.queue(body, end_stream, now)
+        elif end_stream and content_length:
+            raise LocalProtocolError(f"there is no body, but its Content-Length is {content_length}", unprocessed=True)
+        else:
+            stream.upload_ended = end_stream
+        self._next_stream_id += 2
         self._streams[stream_id] = stream
         self.open_streams += 1
         self.keepalive.note_stream_opened()
@@ -541,7 +547,9 @@ class Connection:
     _control_queued = True  # the connection preface
 
     def _arm(self, stream: Stream, now: float) -> None:
-        if self._alarms.arm(stream, now):
+        alarm = stream.alarm
+        # Nearly always there is one that rings soon enough, whichever clock began to run.
+        if (alarm is None or alarm > now + stream.patience) and self._alarms.arm(stream):
             self.deadline_moved = True
 
     def _progress(self, stream_id: int) -> Stream:

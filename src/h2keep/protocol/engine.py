@@ -150,5 +150,8 @@ class Engine(Protocol):
     def connection_window(self) -> int:
         """How many bytes the connection's window lets us send."""
 
+    def room(self, stream_id: int) -> int:
+        """How many bytes both windows let us send on the stream."""
+
     def drain(self) -> bytes:
         """Take the control frames that are queued for the peer."""

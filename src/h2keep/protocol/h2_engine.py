@@ -511,6 +511,9 @@ class H2Engine:
     def connection_window(self) -> int:
         return self._h2.outbound_flow_control_window
 
+    def room(self, stream_id: int) -> int:
+        return min(self._streams[stream_id].outbound_flow_control_window, self._h2.outbound_flow_control_window)
+
     def drain(self) -> bytes:
         data = self._h2.data_to_send()
         if self._out:

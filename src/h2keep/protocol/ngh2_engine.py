@@ -618,6 +618,9 @@ class Ngh2Engine:
     def connection_window(self) -> int:
         return self._send_window
 
+    def room(self, stream_id: int) -> int:
+        return min(self._streams[stream_id].send_window, self._send_window)
+
     def drain(self) -> bytes:
         if not self._out:
             return b""

@@ -27,6 +27,8 @@ HIGH_WATER = 64 * 1024
 #: What is handed over is cut to pieces of this many bytes: a processor's cache holds them while they are encrypted.
 _PIECE = 64 * 1024
 _LEAST_FRAME = 4 * 1024
+#: A body up to this many bytes is small.
+_SMALL_BODY = 4 * 1024
 
 
 class Outbox:
@@ -78,16 +80,16 @@ class Outbox:
         complete: list[Stream] = []
         relieved: list[Stream] = []
         parts: list[bytes | memoryview] = [self._engine.drain()]
+        bodies: list[bytes | memoryview] = []
         size = len(parts[0])
         while self._heads and size < limit and self.allowance > 0:
             stream = self._heads.popleft()
             if stream.open:
                 self.allowance -= 1
-                head = self._send_head(stream, now)
-                size += len(head)
-                parts.append(head)
+                size += self._send_head(stream, now, parts, bodies)
                 if stream.end_sent_at is not None:
                     complete.append(stream)
+        parts += bodies
         while self._ready and size < limit:
             stream = self._ready.popleft()
             stream.sending = False
@@ -107,17 +109,32 @@ class Outbox:
             self.wake(stream)
         return ([b"".join(parts)] if size <= _PIECE else _pieces(parts)), complete, relieved
 
-    def _send_head(self, stream: Stream, now: float) -> bytes:
+    def _send_head(
+        self, stream: Stream, now: float, heads: list[bytes | memoryview], bodies: list[bytes | memoryview]
+    ) -> int:
+        """Add a request's head to those; the size of what was added.
+
+        A small body that is known in full, and before which no other waits, needs no queue: it is added to `bodies`.
+        """
         assert stream.fields is not None
+        engine = self._engine
         fields, stream.fields = stream.fields, None
-        end_stream = stream.upload_ended and not stream.queued and stream.trailers is None
+        queued = stream.queued
+        whole = stream.upload_ended and stream.trailers is None
         stream.sent_at = stream.write_since = now
-        head = self._engine.send_request(stream.id, fields, end_stream)
-        if end_stream:
-            stream.end_sent_at = now
-        else:
+        head = engine.send_request(stream.id, fields, whole and not queued)
+        heads.append(head)
+        if not whole or (queued and (self._ready or queued > min(_SMALL_BODY, engine.room(stream.id)))):
             self.wake(stream)
-        return head
+            return len(head)
+        stream.end_sent_at = now
+        if not queued:
+            return len(head)
+        body = stream.take(queued)
+        frame = engine.send_data(stream.id, body, True)
+        bodies += (frame, body)
+        self.body_bytes += queued
+        return len(head) + len(frame) + queued
 
     def _send_body(self, stream: Stream, limit: int, now: float, parts: list[bytes | memoryview]) -> int:
         """Add to `parts` what a stream sends next; its size."""
@@ -138,7 +155,7 @@ class Outbox:
         engine = self._engine
         most = engine.max_frame_size
         # The limit only shortens a frame where it leaves a useful one; crumbs would cost more than they bound.
-        room = min(engine.send_window(stream.id), engine.connection_window(), max(limit, _LEAST_FRAME))
+        room = min(engine.room(stream.id), max(limit, _LEAST_FRAME))
         if self._ready:
             room = most = min(room, MAX_FRAME_SIZE)
         framed = 0

@@ -219,11 +219,13 @@ class Http2Connection:
         """
         now = self.loop.time()
         body = request.body
+        whole = body if isinstance(body, bytes) else b""
         stream_id = self.protocol.send_request(
             request.fields,
             now,
             content_length=request.content_length,
-            end_stream=not body,
+            body=whole,
+            end_stream=body is None or body is whole,
             read_timeout=request.timeout.read,
             write_timeout=request.timeout.write,
         )
@@ -233,8 +235,6 @@ class Http2Connection:
         self.last_request_at = now
         self.idle_since = None
         try:
-            if isinstance(body, bytes) and body:
-                self.protocol.send_data(stream_id, body, True, now)
             if again is not None:
                 again.attach(self, stream_id)
             elif body is not None and not isinstance(body, bytes):
@@ -469,13 +469,19 @@ class Http2Connection:
         """Deliver all events; whether any of them concerns the pool. The good end of a stream does not as such."""
         changed = False
         next_event, streams = self.protocol.next_event, self._streams
+        told: Http2Stream | None = None
         while (event := next_event()) is not None:
             kind = type(event)
             deliver = _DELIVERIES.get(kind)
             if deliver is not None:
                 stream = streams.get(event.stream_id)  # type: ignore[union-attr]
+                if told is not None and stream is not told:
+                    told.wake()
+                    told = None
                 if stream is not None and not (kind is events.StreamFailed and self._moves(event, stream)):
-                    deliver(event, stream)
+                    deliver(stream, event)
+                    if kind not in _NOT_FOR_READERS:
+                        told = stream
                 changed = changed or kind is events.StreamFailed
             else:
                 changed = changed or kind not in _OF_NO_CONCERN
@@ -486,6 +492,8 @@ class Http2Connection:
                     self._give_back()
                 else:
                     self._note(cast("ConnectionEvent", event))
+        if told is not None:
+            told.wake()
         return changed
 
     def _moves(self, event: events.Event, stream: Http2Stream) -> bool:
@@ -548,39 +556,20 @@ class Http2Connection:
             log.exception("%s: the event hook failed on %r", self.origin, event)
 
 
-def _head_came(event: events.ResponseReceived, stream: Http2Stream) -> None:
-    stream.head_came(event.status, event.headers)
-
-
-def _data_came(_event: events.DataReceived, stream: Http2Stream) -> None:
-    stream.data_waits = True
-    stream.wake()
-
-
-def _ended(event: events.StreamEnded, stream: Http2Stream) -> None:
-    stream.complete(event.trailers)
-
-
-def _failed(event: events.StreamFailed, stream: Http2Stream) -> None:
-    stream.fail(event.error)
-
-
-def _has_room(_event: events.BodyRoom, stream: Http2Stream) -> None:
-    stream.give_room()
-
-
-def _interim(_event: events.InformationalReceived, _stream: Http2Stream) -> None:
+def _interim(_stream: Http2Stream, _event: events.InformationalReceived) -> None:
     """Nobody waits for it."""
 
 
 #: What becomes of a stream's events. By type, as each request has several and chains of isinstance cost more.
-_DELIVERIES: dict[type, Callable[[Any, Http2Stream], None]] = {
-    events.ResponseReceived: _head_came,
-    events.DataReceived: _data_came,
-    events.StreamEnded: _ended,
-    events.StreamFailed: _failed,
-    events.BodyRoom: _has_room,
+_DELIVERIES: dict[type, Callable[[Http2Stream, Any], None]] = {
+    events.ResponseReceived: Http2Stream.head_came,
+    events.DataReceived: Http2Stream.data_came,
+    events.StreamEnded: Http2Stream.response_ended,
+    events.StreamFailed: Http2Stream.failed,
+    events.BodyRoom: Http2Stream.room_came,
     events.InformationalReceived: _interim,
 }
+#: Those that whoever waits for the response need not be woken for.
+_NOT_FOR_READERS = frozenset({events.BodyRoom, events.InformationalReceived})
 #: Those of a connection's events that change nothing for the pool.
 _OF_NO_CONCERN = frozenset({events.PingSent, events.PingAcknowledged})

@@ -214,6 +214,18 @@ class Exchange(ABC):
             raise _own(error)
         return b"" if ended else None
 
+    def take_whole(self) -> bytes | None:
+        """As `Http2Stream.take_whole`."""
+        if not self._ended or self._closed or self._taken:
+            return None
+        data = self._take()
+        self.close()
+        return data
+
+    @abstractmethod
+    def close(self) -> None:
+        """As `Http2Stream.close`."""
+
     def give_up(self) -> None:
         """Whoever has the response forgot it. From any thread, at any moment; takes no lock and doesn't wait."""
         self._close()
@@ -275,7 +287,7 @@ class BlockingExchange(Exchange):
         return data
 
     def close(self) -> None:
-        """As `Http2Stream.close`."""
+        """Exchange."""
         self._close()
         self._drop_source()
 
@@ -381,7 +393,7 @@ class AwaitableExchange(Exchange):
         return data
 
     def close(self) -> None:
-        """As `Http2Stream.close`."""
+        """Exchange."""
         self._close()
         if self._pump_scope is not None:
             self._pump_scope.cancel()

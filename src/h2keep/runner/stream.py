@@ -21,6 +21,7 @@ from h2keep.runner.upload import pump
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable
 
+    from h2keep.protocol import events
     from h2keep.protocol.events import Headers
     from h2keep.runner.connection import Http2Connection
     from h2keep.runner.eventloop import Parker
@@ -93,8 +94,6 @@ class Http2Stream:
         """The connection that serves this request."""
         return self._connection
 
-    # For the connection
-
     def wake(self) -> None:
         """Something about this stream changed."""
         if self._parker is not None:
@@ -102,16 +101,37 @@ class Http2Stream:
         elif self._wake is not None:
             self._wake()
 
+    # Events, for the connection, which wakes whoever waits when it has told all that came at once
+
+    def head_came(self, event: events.ResponseReceived) -> None:
+        """The response has started: the request won't be sent again."""
+        self.status = event.status
+        self.headers = event.headers
+        self._let_go_of_request()
+
+    def data_came(self, _event: events.DataReceived) -> None:
+        """Bytes of the body wait on the connection."""
+        self.data_waits = True
+
+    def response_ended(self, event: events.StreamEnded) -> None:
+        """The response is complete."""
+        self._trailers = event.trailers
+        self.ended = True
+
+    def failed(self, event: events.StreamFailed) -> None:
+        """The request failed."""
+        self.fail(event.error)
+
+    def room_came(self, _event: events.BodyRoom) -> None:
+        """The body's next chunk is welcome, or nobody wants it any more."""
+        self._give_room()
+
+    # For the connection and the pool
+
     @property
     def trailers(self) -> Headers:
         """Those of the response, none before its end."""
         return self._trailers or []
-
-    def complete(self, trailers: Headers) -> None:
-        """The response has ended."""
-        self._trailers = trailers
-        self.ended = True
-        self.wake()
 
     def fail(self, error: H2KeepError) -> None:
         """The request failed; the body iterator is not pulled any more (K8)."""
@@ -120,13 +140,6 @@ class Http2Stream:
         self.error = error
         if self._upload_scope is not None:
             self._upload_scope.cancel()
-        self.wake()
-
-    def head_came(self, status: int, headers: Headers) -> None:
-        """The response has started: the request won't be sent again."""
-        self.status = status
-        self.headers = headers
-        self._let_go_of_request()
         self.wake()
 
     @property
@@ -154,12 +167,11 @@ class Http2Stream:
         if self._complete:
             connection.send_data(stream_id, b"", end_stream=True)
         elif room:
-            self.give_room()
+            self._give_room()
         # Whoever waits begins to wait for this connection.
         self.wake()
 
-    def give_room(self) -> None:
-        """The body's next chunk is welcome, or nobody wants it any more."""
+    def _give_room(self) -> None:
         if self._room is not None:
             self._room.set()
 
@@ -185,7 +197,15 @@ class Http2Stream:
             raise
         return data
 
-    # The same without waiting, for whoever has another way to wait
+    # The same without waiting, for whoever has another way to wait, or need not wait
+
+    def take_whole(self) -> bytes | None:
+        """The body, and with it the end of this stream; None unless all of it is there and none of it was taken."""
+        if not self.ended or self._released:
+            return None
+        data = self.poll()
+        self.close()
+        return data
 
     def wake_by(self, wake: Callable[[], None]) -> None:
         """Call this whenever something about the stream changed, in the place of waking a task."""
@@ -225,9 +245,10 @@ class Http2Stream:
             self._upload_scope.cancel()
         if self.retry_scope is not None:
             self.retry_scope.cancel()
-        self._let_go_of_request()
+        if self.status is None:
+            self._let_go_of_request()
         # Another task may wait for the body.
-        if self._parker is not None:
+        if self._parker is not None and not self.ended:
             self._parker.unpark()
         # Whom it would wake refers to it in turn, and a cycle would live until the next garbage collection.
         self._wake = None
