@@ -204,6 +204,11 @@ class Connection:
         """`free_slots` as it will be when the next life gives up the slots that K10 holds."""
         return self._slots(held=0)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a new request may be opened now, or at the next life."""
+        return self.accepting and self._slots(held=0) > 0
+
     def _slots(self, held: int) -> int:
         allowed = self.max_streams - held
         if self._unread:
@@ -289,6 +294,15 @@ class Connection:
         else:
             self._take_unread(stream, len(data))
         return data
+
+    def take_whole(self, stream_id: int) -> bytes | None:
+        """As `read`, then `release`, of a stream that is over in both directions; None if it isn't."""
+        stream = self._streams[stream_id]
+        if stream.open:
+            return None
+        data = stream.buffer
+        self._forget(stream)
+        return data if isinstance(data, bytes) else bytes(data)
 
     def await_data(self, stream_id: int, now: float) -> None:
         """The application waits on this stream with nothing buffered: its read clock runs (K21)."""

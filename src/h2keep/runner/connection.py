@@ -250,7 +250,7 @@ class Http2Connection:
         # All that `_settle` would find to do: opening a request makes no events.
         self._open_before = self.protocol.open_streams
         self._check_timer()
-        self._look_for_room()
+        self.has_room = self.protocol.has_room
         if len(self._streams) == 1:
             self.driver.write_now()
         else:
@@ -336,17 +336,29 @@ class Http2Connection:
         """Whether more of this request's body is of use."""
         return self.protocol.is_open(stream_id)
 
+    def take_whole(self, stream: Http2Stream) -> bytes | None:
+        """As `read`, then `release`, of a stream that is over in both directions; None if it isn't."""
+        if self._reaped:
+            return None
+        data = self.protocol.take_whole(stream.id)
+        if data is not None:
+            del self._streams[stream.id]
+            self._note_left()
+        return data
+
     def release(self, stream: Http2Stream) -> None:
         """The stream's task is done with it."""
         # What has moved to another connection since may bear the number of one that is open here.
         if self._reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
-        now = self.loop.time()
-        if self.protocol.release(stream.id, now):
+        if self.protocol.release(stream.id, self.loop.time()):
             self._settle()
+        self._note_left()
+
+    def _note_left(self) -> None:
         if not self._streams:
-            self.idle_since = now
+            self.idle_since = self.loop.time()
         # What else the pool had to know it was told at the stream's end, unless bytes of it were read since.
         if not self.has_room:
             self._tell_owner()
@@ -446,11 +458,8 @@ class Http2Connection:
         while self._hooked:
             self._tell_hook(self._hooked.pop(0))
 
-    def _look_for_room(self) -> None:
-        self.has_room = self.protocol.accepting and self.protocol.prospective_slots > 0
-
     def _tell_owner(self) -> None:
-        self._look_for_room()
+        self.has_room = self.protocol.has_room
         self._owner.connection_changed(self)
 
     def _is_spent(self) -> bool:

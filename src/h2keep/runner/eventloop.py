@@ -17,7 +17,7 @@ from anyio.lowlevel import current_token
 from h2keep.errors import ConnectError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
 
     import trio
 
@@ -37,8 +37,8 @@ class Parker(ABC):
         """Wake the task that waits, or let the next `park` return at once."""
 
     @abstractmethod
-    async def park(self) -> None:
-        """Wait for a wake-up; may be spurious. No checkpoint if one is kept."""
+    def park(self) -> Awaitable[None]:
+        """Wait for a wake-up; may be spurious. No checkpoint if one is kept. To be awaited at once."""
 
 
 class EventLoop(ABC):
@@ -80,31 +80,42 @@ class EventLoop(ABC):
         """Whether it runs now, in whatever thread; asked from anywhere."""
 
 
+class _Nothing:
+    """To be awaited where there is nothing to wait for."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from ()
+
+
+_NOTHING = _Nothing()
+
+
 class _AsyncioParker(Parker):
     __slots__ = ("_future", "_loop", "_permit")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        #: What somebody waits for, or has left behind who was cancelled.
         self._future: asyncio.Future[None] | None = None
         self._permit = False
 
     def unpark(self) -> None:
-        self._permit = True
-        future = self._future
-        if future is not None:
-            self._future = None
-            # A loop that was closed with its tasks in it is told things by their finally blocks.
-            if not (future.done() or self._loop.is_closed()):
-                future.set_result(None)
+        future, self._future = self._future, None
+        # A loop that was closed with its tasks in it is told things by their finally blocks.
+        if future is None or future.done() or self._loop.is_closed():
+            self._permit = True
+        else:
+            future.set_result(None)
 
-    async def park(self) -> None:
-        if not self._permit:
-            self._future = self._loop.create_future()
-            try:
-                await self._future
-            finally:
-                self._future = None
-        self._permit = False
+    def park(self) -> Awaitable[None]:
+        # The future itself: each coroutine around it would be gone through at every step.
+        if self._permit:
+            self._permit = False
+            return _NOTHING
+        self._future = self._loop.create_future()
+        return self._future
 
 
 class Sleeper(Protocol):

@@ -203,8 +203,10 @@ class Http2Stream:
         """The body, and with it the end of this stream; None unless all of it is there and none of it was taken."""
         if not self.ended or self._released:
             return None
-        data = self.poll()
-        self.close()
+        data = self._connection.take_whole(self)
+        if data is not None:
+            self._released = True
+            self._wake = None
         return data
 
     def wake_by(self, wake: Callable[[], None]) -> None:
