@@ -13,7 +13,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias
 
 from h2keep import errors
 from h2keep._fallback import Body, Where
@@ -37,13 +37,13 @@ __all__ = [
     "AnyStream",
     "AsyncBridge",
     "Bridge",
+    "Forwarded",
     "Library",
     "Parts",
     "Requests",
     "extensions_of",
     "limits_of",
     "origin_of",
-    "split_host",
     "timeout_of",
 ]
 
@@ -125,7 +125,8 @@ class Library:
     async def refuse(self, error: errors.H2KeepError, trace: Trace | None, phase: str) -> NoReturn:
         """Raise the error's translation, with the error's own cause and nothing of the bridge in between."""
         translated = self.translate(error)
-        await _tell(trace, f"{phase}.failed", exception=translated)
+        if trace is not None:
+            await trace(f"{phase}.failed", {"exception": translated})
         raise translated from error.__cause__
 
     def told(self, error: errors.H2KeepError, trace: BlockingTrace | None, phase: str) -> errors.H2KeepError:
@@ -153,6 +154,7 @@ class _ResponseStream:
         self._request = request
         self._trace = trace
         self._started = False
+        self._ended = False
 
     def __del__(self, is_finalizing: Any = sys.is_finalizing) -> None:
         # Forgotten before its end: its stream would stay open for ever.
@@ -163,23 +165,32 @@ class _ResponseStream:
         return self
 
     async def __anext__(self) -> bytes:
+        trace = self._trace
         if not self._started:
             self._started = True
-            await _tell(self._trace, f"{_BODY}.started", request=self._request)
-        try:
-            chunk = await self._stream.receive()
-        except errors.H2KeepError as error:
-            await self.library.refuse(error, self._trace, _BODY)
+            if trace is not None:
+                await trace(f"{_BODY}.started", {"request": self._request})
+            chunk = self._stream.take_whole()
+            self._ended = chunk is not None
+        else:
+            chunk = b"" if self._ended else None
+        if chunk is None:
+            try:
+                chunk = await self._stream.receive()
+            except errors.H2KeepError as error:
+                await self.library.refuse(error, trace, _BODY)
         if not chunk:
-            await _tell(self._trace, f"{_BODY}.complete", return_value=None)
+            if trace is not None:
+                await trace(f"{_BODY}.complete", {"return_value": None})
             raise StopAsyncIteration
         return chunk
 
     async def aclose(self) -> None:
         """AsyncByteStream."""
         self._stream.close()
-        await _tell(self._trace, f"{_CLOSING}.started", request=self._request)
-        await _tell(self._trace, f"{_CLOSING}.complete", return_value=None)
+        if self._trace is not None:
+            await self._trace(f"{_CLOSING}.started", {"request": self._request})
+            await self._trace(f"{_CLOSING}.complete", {"return_value": None})
 
 
 class _BlockingResponseStream:
@@ -202,8 +213,12 @@ class _BlockingResponseStream:
         if trace is not None:
             trace(f"{_BODY}.started", {"request": self._request})
         try:
-            while chunk := self._stream.receive():
-                yield chunk
+            whole = self._stream.take_whole()
+            if whole:
+                yield whole
+            elif whole is None:
+                while chunk := self._stream.receive():
+                    yield chunk
         except errors.H2KeepError as error:
             raise self.library.told(error, trace, _BODY) from error.__cause__
         if trace is not None:
@@ -258,7 +273,7 @@ class Requests(ABC):
         """Its fields, as they are written in HTTP/1.1."""
 
     @abstractmethod
-    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
+    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
         """What `Connections` wants to know of a request that goes there, and has these fields."""
 
     @abstractmethod
@@ -275,28 +290,30 @@ class AsyncBridge(Requests):
 
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
-        where, fields = self._where(request), self._fields(request)
-        if self._fallback.carries(where, fields):
+        where, given = self._where(request), forwarded(self._fields(request))
+        if self._fallback.carries(where, upgrade=given.upgrade):
             body = self._library.body(request.stream)
             try:
-                return await self._send(request, where, fields, body)
+                return await self._send(request, where, given, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return await self._leave(request, where)
 
-    async def _send(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Any:
+    async def _send(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Any:
         trace: Trace | None = request.extensions.get("trace")
-        await _tell(trace, f"{_HEAD}.started", request=request)
+        if trace is not None:
+            await trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = await self._connections.send(*self._parts(request, where, fields, body))
+            stream = await self._connections.send(*self._parts(request, where, given, body))
         except errors.H2KeepError as error:
             await self._library.refuse(error, trace, _HEAD)
-        try:
-            await _tell(trace, f"{_HEAD}.complete", return_value=(stream.status, stream.headers))
-        except BaseException:
-            stream.close()
-            raise
+        if trace is not None:
+            try:
+                await trace(f"{_HEAD}.complete", {"return_value": (stream.status, stream.headers)})
+            except BaseException:
+                stream.close()
+                raise
         return self._response(stream, self._library.response_stream(stream, request, trace))
 
     async def aclose(self) -> None:
@@ -324,22 +341,22 @@ class Bridge(Requests):
 
     def handle_request(self, request: Any) -> Any:
         """BaseTransport."""
-        where, fields = self._where(request), self._fields(request)
-        if self._fallback.carries(where, fields):
+        where, given = self._where(request), forwarded(self._fields(request))
+        if self._fallback.carries(where, upgrade=given.upgrade):
             body = self._library.body(request.stream)
             try:
-                return self._send(request, where, fields, body)
+                return self._send(request, where, given, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return self._leave(request, where)
 
-    def _send(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Any:
+    def _send(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Any:
         trace: BlockingTrace | None = request.extensions.get("trace")
         if trace is not None:
             trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = self._connections.send_blocking(*self._parts(request, where, fields, body))
+            stream = self._connections.send_blocking(*self._parts(request, where, given, body))
         except errors.H2KeepError as error:
             raise self._library.told(error, trace, _HEAD) from error.__cause__
         if trace is not None:
@@ -366,11 +383,6 @@ class Bridge(Requests):
         self.close()
 
 
-async def _tell(trace: Trace | None, event: str, **info: Any) -> None:
-    if trace is not None:
-        await trace(event, info)
-
-
 def extensions_of(stream: AnyStream) -> dict[str, Any]:
     """The response's extensions."""
     return {
@@ -386,9 +398,19 @@ def limits_of(given: Any) -> Limits:
     return Limits(given.max_connections, given.max_keepalive_connections, given.keepalive_expiry)
 
 
-def split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[tuple[bytes, bytes]]]:
-    """The Host field's value, and the fields that HTTP/2 carries: httpx writes requests for HTTP/1.1."""
-    host = None
+class Forwarded(NamedTuple):
+    """What HTTP/2 carries of a request's fields, which httpx writes for HTTP/1.1."""
+
+    fields: list[tuple[bytes, bytes]]
+    #: The Host field's value, None if there is none.
+    host: bytes | None
+    #: Whether it wants another protocol, such as WebSocket.
+    upgrade: bool
+
+
+def forwarded(raw: Iterable[tuple[bytes, bytes]]) -> Forwarded:
+    """See `Forwarded`."""
+    host, upgrade = None, False
     fields = []
     for name, value in raw:
         name = name.lower()
@@ -396,7 +418,9 @@ def split_host(raw: Iterable[tuple[bytes, bytes]]) -> tuple[bytes | None, list[t
             fields.append((name, value))
         elif name == b"host":
             host = value
-    return host, fields
+        elif name == b"upgrade":
+            upgrade = True
+    return Forwarded(fields, host, upgrade)
 
 
 def timeout_of(given: Mapping[str, float | None] | None) -> Timeout:

@@ -22,7 +22,7 @@ from h2keep.runner import eventloop
 from h2keep.runner.dial import Origin, SocketOption
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
     from h2keep._proxies import ProxyFor
     from h2keep.errors import H2KeepError
@@ -123,14 +123,16 @@ class Fallback:
         self._uds = uds
         self._proxy_for = proxy_for
 
-    def carries(self, where: Where, fields: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether HTTP/2 is to be tried. So it is for what nobody can carry: we are the ones to say so."""
+    def carries(self, where: Where, *, upgrade: bool) -> bool:
+        """Whether HTTP/2 is to be tried. So it is for what nobody can carry: we are the ones to say so.
+
+        `upgrade`: the request has such a field, which is HTTP/1.1's (RFC 9113, section 8.6): it wants a WebSocket.
+        """
         if not self._http1:
             return True
         if not self._http2 or where.scheme in _HTTP1_SCHEMES or (http1_origins and self._key(where) in http1_origins):
             return False
-        # Upgrade is HTTP/1.1's (RFC 9113, section 8.6): who sends it wants a WebSocket.
-        return b"upgrade" not in [name.lower() for name, _ in fields]
+        return not upgrade
 
     def takes_over(self, where: Where, error: H2KeepError, body: bytes | Body) -> bool:
         """Whether a request that met this error is to go the library's way; those after it will in any case."""

@@ -18,7 +18,6 @@ from h2keep._bridge import (
     extensions_of,
     limits_of,
     origin_of,
-    split_host,
     timeout_of,
 )
 from h2keep._connections import Connections
@@ -27,7 +26,7 @@ from h2keep._fallback import Body, Fallback, Where, marked, tcp_keepalive
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h2keep._bridge import AnyStream
+    from h2keep._bridge import AnyStream, Forwarded
     from h2keep.keepalive import Keepalive
 
 __all__ = ["AsyncPool", "Pool", "pool_for"]
@@ -109,15 +108,14 @@ class _StandIn(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers
         return fields
 
-    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
+    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
         url = request.url
-        authority, forwarded = split_host(fields)
         return (
             request.method,
             origin_of(*where),
-            authority or _authority(url),
+            given.host or _authority(url),
             url.target,
-            forwarded,
+            given.fields,
             body,
             timeout_of(request.extensions.get("timeout")),
         )

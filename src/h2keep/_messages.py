@@ -263,13 +263,12 @@ class BaseClient:
         self,
         method: str,
         url: str,
-        *,
-        content: AnyContent | None = None,
-        json: Any = None,
-        params: Mapping[str, Any] | None = None,
-        headers: HeaderTypes = (),
-        timeout: TimeoutTypes | EllipsisType = ...,
-        extensions: Mapping[str, Any] | None = None,
+        content: AnyContent | None,
+        json: Any,
+        params: Mapping[str, Any] | None,
+        headers: HeaderTypes,
+        timeout: TimeoutTypes | EllipsisType,
+        extensions: Mapping[str, Any] | None,
     ) -> tuple[Prepared, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's parts, its body and its timeouts."""
         origin, authority, target = _split_url(url, params)

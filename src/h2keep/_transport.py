@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from h2keep import errors
-from h2keep._bridge import AsyncBridge, Bridge, Requests, extensions_of, limits_of, origin_of, split_host, timeout_of
+from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, extensions_of, limits_of, origin_of, timeout_of
 from h2keep._connections import Connections
 from h2keep._fallback import Body, Fallback, OwnTransports, Where
 from h2keep.keepalive import Keepalive
@@ -114,16 +114,15 @@ class _Transport(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers.raw
         return fields
 
-    def _parts(self, request: Any, where: Where, fields: list[tuple[bytes, bytes]], body: bytes | Body) -> Parts:
-        authority, forwarded = split_host(fields)
+    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
         url, extensions = request.url, request.extensions
         target = extensions.get("target")
         return (
             request.method.encode("ascii", "replace"),
             origin_of(*where),
-            authority or url.netloc,
+            given.host or url.netloc,
             url.raw_path if target is None else target,
-            forwarded,
+            given.fields,
             body,
             timeout_of(extensions.get("timeout")),
         )

@@ -91,11 +91,15 @@ class _Chunks:
 
 class _Streaming:
     def __init__(self, send: Callable[[], Awaitable[Response]]) -> None:
-        self._send = send
+        self._send: Callable[[], Awaitable[Response]] | None = send
         self._response: Response | None = None
 
     async def __aenter__(self) -> Response:
-        self._response = await self._send()
+        # Let go of, as it holds the request's body, which the response may outlive by hours.
+        send, self._send = self._send, None
+        if send is None:
+            raise RuntimeError("a streamed request can be sent but once: call stream() again")
+        self._response = await send()
         return self._response
 
     async def __aexit__(
@@ -190,17 +194,7 @@ class AsyncClient(BaseClient):
         the extension `sni_hostname` overrides the name for TLS. Raises the errors of `h2keep.errors`.
         """
         # One coroutine less than with `_send`: each is gone through at every step that its innermost one takes.
-        stream = await self._open(
-            method,
-            url,
-            content=content,
-            json=json,
-            params=params,
-            headers=headers,
-            timeout=timeout,
-            extensions=extensions,
-        )
-        response = Response(stream)
+        response = Response(await self._open(method, url, content, json, params, headers, timeout, extensions))
         await response.aread()
         return response
 
@@ -217,18 +211,9 @@ class AsyncClient(BaseClient):
         extensions: Mapping[str, Any] | None = None,
     ) -> AbstractAsyncContextManager[Response]:
         """Send a request; its body is read inside the context, and given up where the context ends."""
-        send = functools.partial(
-            self._send,
-            method,
-            url,
-            content=content,
-            json=json,
-            params=params,
-            headers=headers,
-            timeout=timeout,
-            extensions=extensions,
+        return _Streaming(
+            functools.partial(self._send, method, url, content, json, params, headers, timeout, extensions)
         )
-        return _Streaming(send)
 
     def get(self, url: str, **options: Any) -> Coroutine[Any, Any, Response]:
         """GET; options as for `request`."""
@@ -258,11 +243,11 @@ class AsyncClient(BaseClient):
         """DELETE; options as for `request`."""
         return self.request("DELETE", url, **options)
 
-    async def _send(self, method: str, url: str, **options: Any) -> Response:
-        return Response(await self._open(method, url, **options))
+    async def _send(self, *request: Any) -> Response:
+        return Response(await self._open(*request))
 
-    def _open(self, method: str, url: str, **options: Any) -> Awaitable[Http2Stream | AwaitableExchange]:
-        parts, body, timeout = self._prepare(method, url, **options)
+    def _open(self, *request: Any) -> Awaitable[Http2Stream | AwaitableExchange]:
+        parts, body, timeout = self._prepare(*request)
         if body is not None and not isinstance(body, (bytes, AsyncIterable)):
             body = _as_async(body)
         return self._connections.send(*parts, body, timeout)

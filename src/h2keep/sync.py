@@ -105,16 +105,7 @@ class Client(BaseClient):
         extensions: Mapping[str, Any] | None = None,
     ) -> SyncResponse:
         """Send a request and read the whole response; see `AsyncClient.request`."""
-        response = self._send(
-            method,
-            url,
-            content=content,
-            json=json,
-            params=params,
-            headers=headers,
-            timeout=timeout,
-            extensions=extensions,
-        )
+        response = self._send(method, url, content, json, params, headers, timeout, extensions)
         response.read()
         return response
 
@@ -132,16 +123,7 @@ class Client(BaseClient):
         extensions: Mapping[str, Any] | None = None,
     ) -> Iterator[SyncResponse]:
         """Send a request; its body is read inside the context, and given up where the context ends."""
-        response = self._send(
-            method,
-            url,
-            content=content,
-            json=json,
-            params=params,
-            headers=headers,
-            timeout=timeout,
-            extensions=extensions,
-        )
+        response = self._send(method, url, content, json, params, headers, timeout, extensions)
         try:
             yield response
         finally:
@@ -175,8 +157,8 @@ class Client(BaseClient):
         """DELETE; options as for `request`."""
         return self.request("DELETE", url, **options)
 
-    def _send(self, method: str, url: str, **options: Any) -> SyncResponse:
-        parts, body, timeout = self._prepare(method, url, **options)
+    def _send(self, *request: Any) -> SyncResponse:
+        parts, body, timeout = self._prepare(*request)
         if isinstance(body, AsyncIterable):
             raise TypeError(f"content: {type(body).__name__} is an async iterable, which needs an AsyncClient")
         return SyncResponse(self._connections.send_blocking(*parts, body, timeout))

@@ -593,6 +593,16 @@ async def test_a_response_that_was_read_to_its_end_resets_nothing(
     assert not server.peers[0].seen(frames.RstStreamFrame)
 
 
+async def test_a_streamed_request_is_sent_but_once(server: RawServer, client: h2keep.AsyncClient) -> None:
+    server.serve(answering())
+    streaming = client.stream("GET", server.url)
+    async with streaming:
+        pass
+    with pytest.raises(RuntimeError, match=r"call stream\(\) again"):
+        await streaming.__aenter__()
+    assert len(server.peers[0].requests) == 1
+
+
 # Settings
 
 

@@ -1023,13 +1023,12 @@ class TestKeptBodies:
         held: list[int] = []
         async with RawServer.listen() as server, async_client() as client:
             server.serve(respond_in_part)
-            response = await client._send("POST", server.url, content=chunk if kind == "bytes" else stream())
-            assert response.status_code == 200
-            await anyio.sleep(0.1)
-            gc.collect()
-            assert held[0] > before
-            assert sys.getrefcount(chunk) == before
-            await response.aclose()
+            async with client.stream("POST", server.url, content=chunk if kind == "bytes" else stream()) as response:
+                assert response.status_code == 200
+                await anyio.sleep(0.1)
+                gc.collect()
+                assert held[0] > before
+                assert sys.getrefcount(chunk) == before
 
     @pytest.mark.parametrize("end", ["given up", "failed"])
     async def test_k24_a_body_is_let_go_of_when_its_request_ends_without_a_response(self, end: str) -> None:
