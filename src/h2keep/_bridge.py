@@ -13,7 +13,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 from h2keep import errors
 from h2keep._fallback import Body, Where
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from h2keep._fallback import Fallback
     from h2keep._proxies import ProxyFor
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
+    from h2keep.runner.request import Head
     from h2keep.runner.stream import Http2Stream
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
     "Bridge",
     "Forwarded",
     "Library",
-    "Parts",
     "Requests",
     "extensions_of",
     "limits_of",
@@ -56,8 +56,6 @@ _CLOSING = "http2.response_closed"
 Trace: TypeAlias = Callable[[str, dict[str, Any]], Awaitable[None]]
 BlockingTrace: TypeAlias = Callable[[str, dict[str, Any]], None]
 AnyStream: TypeAlias = "Http2Stream | AwaitableExchange | BlockingExchange"
-#: A request as `Connections` wants it: method, origin, authority, target, fields, body, timeout.
-Parts: TypeAlias = tuple[bytes, Origin, bytes, bytes, list[tuple[bytes, bytes]], Any, Timeout]
 
 
 class Library:
@@ -273,8 +271,8 @@ class Requests(ABC):
         """Its fields, as they are written in HTTP/1.1."""
 
     @abstractmethod
-    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
-        """What `Connections` wants to know of a request that goes there, and has these fields."""
+    def _head(self, request: Any, where: Where, given: Forwarded) -> Head:
+        """What a request says that goes there, and has these fields."""
 
     @abstractmethod
     def _response(self, stream: AnyStream, body: Any) -> Any:
@@ -305,7 +303,8 @@ class AsyncBridge(Requests):
         if trace is not None:
             await trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = await self._connections.send(*self._parts(request, where, given, body))
+            head, timeout = self._head(request, where, given), timeout_of(request.extensions.get("timeout"))
+            stream = await self._connections.send(head, cast("Any", body), timeout)
         except errors.H2KeepError as error:
             await self._library.refuse(error, trace, _HEAD)
         if trace is not None:
@@ -356,7 +355,8 @@ class Bridge(Requests):
         if trace is not None:
             trace(f"{_HEAD}.started", {"request": request})
         try:
-            stream = self._connections.send_blocking(*self._parts(request, where, given, body))
+            head, timeout = self._head(request, where, given), timeout_of(request.extensions.get("timeout"))
+            stream = self._connections.send_blocking(head, body, timeout)
         except errors.H2KeepError as error:
             raise self._library.told(error, trace, _HEAD) from error.__cause__
         if trace is not None:

@@ -29,7 +29,7 @@ from h2keep.runner.eventloop import native_loop
 from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
 from h2keep.runner.limits import Limits
 from h2keep.runner.pool import Pool
-from h2keep.runner.request import REPLAY_BUFFER, PoolRequest, Timeout
+from h2keep.runner.request import REPLAY_BUFFER, Head, PoolRequest, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -117,61 +117,37 @@ class Connections:
 
     # Requests
 
-    def send(
-        self,
-        method: bytes,
-        origin: Origin,
-        authority: bytes,
-        target: bytes,
-        fields: Iterable[tuple[bytes, bytes]],
-        body: bytes | AsyncIterable[bytes] | None,
-        timeout: Timeout,
-    ) -> Coroutine[Any, Any, Http2Stream | AwaitableExchange]:
-        """Send a request and wait for the head of its response."""
-        if not self._run_in_thread:
-            request = self._request(method, origin, authority, target, fields, body, timeout)
-            return self._running_pool().request(request)
-        whole = body if isinstance(body, bytes) else None
-        request = self._request(method, origin, authority, target, fields, whole, timeout)
-        exchange = AwaitableExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
-        return exchange.response()
-
-    def send_blocking(
-        self,
-        method: bytes,
-        origin: Origin,
-        authority: bytes,
-        target: bytes,
-        fields: Iterable[tuple[bytes, bytes]],
-        body: bytes | Iterable[bytes] | None,
-        timeout: Timeout,
-    ) -> BlockingExchange:
-        """As `send`, in the calling thread, which also pulls the body's iterator."""
-        background.refuse_to_wait()
-        whole = body if isinstance(body, bytes) else None
-        request = self._request(method, origin, authority, target, fields, whole, timeout)
-        exchange = BlockingExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
-        exchange.response()
-        return exchange
-
-    def _request(
-        self,
-        method: bytes,
-        origin: Origin,
-        authority: bytes,
-        target: bytes,
-        fields: Iterable[tuple[bytes, bytes]],
-        body: bytes | AsyncIterable[bytes] | None,
-        timeout: Timeout,
-    ) -> PoolRequest:
+    def head(
+        self, method: bytes, origin: Origin, authority: bytes, target: bytes, fields: Iterable[tuple[bytes, bytes]]
+    ) -> Head:
+        """What a request says before its body. Raises `UnsupportedProtocol` or `LocalProtocolError`."""
         if origin.scheme == "http" and self._http1:
             raise UnsupportedProtocol(
                 f"{origin}: http:// is HTTP/1.1 here, which has no PINGs; with http1=False it is HTTP/2 with prior "
                 "knowledge"
             )
         scheme = origin.scheme.encode("ascii")
-        head, content_length = self._memory.request_fields(method, scheme, authority, target, fields)
-        return PoolRequest(origin, head, content_length, body, timeout, self._replay_buffer)
+        return Head(origin, *self._memory.request_fields(method, scheme, authority, target, fields))
+
+    def send(
+        self, head: Head, body: bytes | AsyncIterable[bytes] | None, timeout: Timeout
+    ) -> Coroutine[Any, Any, Http2Stream | AwaitableExchange]:
+        """Send a request and wait for the head of its response."""
+        if not self._run_in_thread:
+            return self._running_pool().request(PoolRequest(*head, body, timeout, self._replay_buffer))
+        whole = body if isinstance(body, bytes) else None
+        request = PoolRequest(*head, whole, timeout, self._replay_buffer)
+        exchange = AwaitableExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
+        return exchange.response()
+
+    def send_blocking(self, head: Head, body: bytes | Iterable[bytes] | None, timeout: Timeout) -> BlockingExchange:
+        """As `send`, in the calling thread, which also pulls the body's iterator."""
+        background.refuse_to_wait()
+        whole = body if isinstance(body, bytes) else None
+        request = PoolRequest(*head, whole, timeout, self._replay_buffer)
+        exchange = BlockingExchange(self._running_lease(), request, None if isinstance(body, bytes) else body)
+        exchange.response()
+        return exchange
 
     # Pools
 

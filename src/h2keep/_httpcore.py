@@ -13,21 +13,20 @@ from h2keep._bridge import (
     AsyncBridge,
     Bridge,
     Library,
-    Parts,
     Requests,
     extensions_of,
     limits_of,
     origin_of,
-    timeout_of,
 )
 from h2keep._connections import Connections
-from h2keep._fallback import Body, Fallback, Where, marked, tcp_keepalive
+from h2keep._fallback import Fallback, Where, marked, tcp_keepalive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from h2keep._bridge import AnyStream, Forwarded
     from h2keep.keepalive import Keepalive
+    from h2keep.runner.request import Head
 
 __all__ = ["AsyncPool", "Pool", "pool_for"]
 
@@ -108,17 +107,10 @@ class _StandIn(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers
         return fields
 
-    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
+    def _head(self, request: Any, where: Where, given: Forwarded) -> Head:
         url = request.url
-        return (
-            request.method,
-            origin_of(*where),
-            given.host or _authority(url),
-            url.target,
-            given.fields,
-            body,
-            timeout_of(request.extensions.get("timeout")),
-        )
+        authority = given.host or _authority(url)
+        return self._connections.head(request.method, origin_of(*where), authority, url.target, given.fields)
 
     def _response(self, stream: AnyStream, body: Any) -> Any:
         extensions = extensions_of(stream)

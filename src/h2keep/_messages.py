@@ -15,14 +15,14 @@ import sys
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
 from h2keep import _proxies
 from h2keep._connections import Connections
 from h2keep.errors import UnsupportedProtocol
 from h2keep.runner.dial import Origin, SocketOption
-from h2keep.runner.request import REPLAY_BUFFER, Timeout
+from h2keep.runner.request import REPLAY_BUFFER, Head, Timeout
 from h2keep.runner.tls import create_ssl_context
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ __all__ = [
     "HeaderTypes",
     "Headers",
     "LineSplitter",
-    "Prepared",
     "TimeoutTypes",
 ]
 
@@ -51,8 +50,6 @@ HeaderValue: TypeAlias = str | bytes
 HeaderTypes: TypeAlias = Mapping[str, HeaderValue] | Iterable[tuple[str | bytes, HeaderValue]]
 AnyContent: TypeAlias = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
 TimeoutTypes: TypeAlias = Timeout | float | None
-#: The arguments of `Connections.send` and `send_blocking`, but for the body.
-Prepared: TypeAlias = tuple[bytes, Origin, bytes, bytes, list[tuple[bytes, bytes]]]
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _DEFAULT_TIMEOUT = Timeout()
@@ -60,6 +57,9 @@ _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
+#: How many heads a client remembers, and the most bytes that there may be in one.
+_MOST_KNOWN = 256
+_LONGEST_KNOWN = 4_096
 _OUR_FIELDS = [(b"user-agent", b"h2keep"), (b"accept", b"*/*")]
 _name_of = operator.itemgetter(0)
 
@@ -200,6 +200,14 @@ class LineSplitter:
         return lines
 
 
+class _Known(NamedTuple):
+    """What requests to one URL with the same headers have in common."""
+
+    head: Head
+    #: The names of the fields.
+    names: set[bytes]
+
+
 class BaseClient:
     """Settings and connections; see `AsyncClient` for what the arguments mean."""
 
@@ -243,6 +251,8 @@ class BaseClient:
         #: What requests have unless they have a field of that name themselves.
         self._default_fields = own + [field for field in _OUR_FIELDS if field[0] not in dict(own)]
         self._default_names = frozenset(map(_name_of, self._default_fields))
+        # By method, URL and headers. It holds secrets, and lives no longer than the client.
+        self._known: dict[object, _Known] = {}
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -269,23 +279,56 @@ class BaseClient:
         headers: HeaderTypes,
         timeout: TimeoutTypes | EllipsisType,
         extensions: Mapping[str, Any] | None,
-    ) -> tuple[Prepared, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
-        """The request's parts, its body and its timeouts."""
+    ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
+        """The request's head, its body and its timeouts."""
+        if extensions or params or (headers and type(headers) is not dict):
+            known = self._look_at(method, url, params, headers, extensions)
+        else:
+            known = self._look_up(method, url, headers)
+        (origin, fields, content_length), names = known
+        fields = fields.copy()
+        body = _body(content, json, fields, names)
+        if content_length is None and isinstance(body, bytes):
+            content_length = len(body)
+        return Head(origin, fields, content_length), body, self._timeout if timeout is ... else _timeout(timeout)
+
+    def _look_up(self, method: str, url: str, headers: Any) -> _Known:
+        """As `_look_at`, for the many requests that are as others before."""
+        key = method, url, *(headers.items() if headers else ())
+        try:
+            known = self._known.get(key)
+        except TypeError:
+            # Something in there is nothing that a request is made of.
+            return self._look_at(method, url, None, headers, None)
+        if known is None:
+            known = self._look_at(method, url, None, headers, None)
+            if sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = known
+        return known
+
+    def _look_at(
+        self,
+        method: str,
+        url: str,
+        params: Mapping[str, Any] | None,
+        headers: HeaderTypes,
+        extensions: Mapping[str, Any] | None,
+    ) -> _Known:
+        """The head of a request, checked, but for what tells of its body."""
         origin, authority, target = _split_url(url, params)
         fields = _fields(headers)
-        given = set(map(_name_of, fields))
-        if given.isdisjoint(self._default_names):
-            fields += self._default_fields
-        else:
-            fields += [field for field in self._default_fields if field[0] not in given]
-        given |= self._default_names
-        body = _body(content, json, fields, given)
-        if b"host" in given:
+        names = set(map(_name_of, fields))
+        fields += [field for field in self._default_fields if field[0] not in names]
+        names |= self._default_names
+        if b"host" in names:
             authority = _take_host(fields) or authority
         if extensions and (server_hostname := extensions.get("sni_hostname")):
             origin = replace(origin, server_hostname=server_hostname)
-        parts = (method.encode("ascii", "replace"), origin, authority, target, fields)
-        return parts, body, self._timeout if timeout is ... else _timeout(timeout)
+        return _Known(
+            self._connections.head(method.encode("ascii", "replace"), origin, authority, target, fields), names
+        )
 
 
 def _timeout(timeout: TimeoutTypes) -> Timeout:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from h2keep import errors
-from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, extensions_of, limits_of, origin_of, timeout_of
+from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, extensions_of, limits_of, origin_of
 from h2keep._connections import Connections
-from h2keep._fallback import Body, Fallback, OwnTransports, Where
+from h2keep._fallback import Fallback, OwnTransports, Where
 from h2keep.keepalive import Keepalive
 from h2keep.runner.limits import Limits
 from h2keep.runner.request import REPLAY_BUFFER
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterable
 
-    from h2keep._bridge import AnyStream, Parts
+    from h2keep._bridge import AnyStream
     from h2keep.runner.connection import EventHook
     from h2keep.runner.dial import SocketOption
+    from h2keep.runner.request import Head
 
 __all__ = ["AsyncTransport", "Transport"]
 
@@ -114,17 +115,16 @@ class _Transport(Requests):
         fields: list[tuple[bytes, bytes]] = request.headers.raw
         return fields
 
-    def _parts(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Parts:
-        url, extensions = request.url, request.extensions
-        target = extensions.get("target")
-        return (
-            request.method.encode("ascii", "replace"),
+    def _head(self, request: Any, where: Where, given: Forwarded) -> Head:
+        url = request.url
+        method = request.method.encode("ascii", "replace")
+        target = request.extensions.get("target")
+        return self._connections.head(
+            method,
             origin_of(*where),
             given.host or url.netloc,
             url.raw_path if target is None else target,
             given.fields,
-            body,
-            timeout_of(extensions.get("timeout")),
         )
 
     def _response(self, stream: AnyStream, body: Any) -> Any:

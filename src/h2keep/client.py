@@ -247,10 +247,10 @@ class AsyncClient(BaseClient):
         return Response(await self._open(*request))
 
     def _open(self, *request: Any) -> Awaitable[Http2Stream | AwaitableExchange]:
-        parts, body, timeout = self._prepare(*request)
+        head, body, timeout = self._prepare(*request)
         if body is not None and not isinstance(body, (bytes, AsyncIterable)):
             body = _as_async(body)
-        return self._connections.send(*parts, body, timeout)
+        return self._connections.send(head, body, timeout)
 
 
 async def _as_async(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:

@@ -158,7 +158,7 @@ class Client(BaseClient):
         return self.request("DELETE", url, **options)
 
     def _send(self, *request: Any) -> SyncResponse:
-        parts, body, timeout = self._prepare(*request)
+        head, body, timeout = self._prepare(*request)
         if isinstance(body, AsyncIterable):
             raise TypeError(f"content: {type(body).__name__} is an async iterable, which needs an AsyncClient")
-        return SyncResponse(self._connections.send_blocking(*parts, body, timeout))
+        return SyncResponse(self._connections.send_blocking(head, body, timeout))

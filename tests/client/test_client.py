@@ -132,6 +132,51 @@ async def test_headers_may_be_pairs_bytes_and_repeated(server: RawServer, client
     assert raw["x-c"] == b"\xfc"
 
 
+async def test_what_requests_have_in_common_is_remembered_and_nothing_else(
+    server: RawServer, client: h2keep.AsyncClient
+) -> None:
+    server.serve(answering())
+    headers: dict[str, str] = {"X-Turn": "1", "Host": "first.example"}
+
+    async def sent(**options: Any) -> list[tuple[str, str]]:
+        await client.post(server.url + "/a", headers=headers, **options)
+        return last(server).fields
+
+    first = await sent(json={"a": 1})
+    second = await sent(content=b"four")
+    third = await sent()
+    assert [value for name, value in first if name == "content-type"] == ["application/json"]
+    assert [(name, value) for name, value in first if name not in ("content-type", "content-length")] == third
+    assert second == [*third, ("content-length", "4")]
+    headers["X-Turn"] = "2"
+    headers["Host"] = "second.example"
+    fourth = await sent()
+    assert ("x-turn", "2") in fourth
+    assert ("x-turn", "1") not in fourth
+    assert last(server).headers[":authority"] == "second.example"
+
+
+async def test_what_is_remembered_of_requests_is_bounded(client: h2keep.AsyncClient) -> None:
+    for turn in range(1_000):
+        client._prepare("GET", f"https://example.com/{turn}", None, None, None, (), ..., None)
+        client._prepare("GET", "https://example.com/", None, None, None, {"x-turn": str(turn)}, ..., None)
+        assert len(client._known) <= 256
+    before = len(client._known)
+    client._prepare("GET", "https://example.com/", None, None, None, {"x-long": 5_000 * "x"}, ..., None)
+    client._prepare(
+        "GET", "https://example.com/", None, None, None, {"x-some": "1"}, ..., {"sni_hostname": "a.example"}
+    )
+    client._prepare("GET", "https://example.com/", None, None, {"some": 1}, (), ..., None)
+    assert len(client._known) == before
+
+
+@pytest.mark.parametrize("headers", [{"x-list": ["1"]}, {"x-number": 1}, {1: "x"}])
+async def test_headers_that_are_none_are_refused_each_time(client: h2keep.AsyncClient, headers: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"headers: .* is neither str nor bytes"):
+            await client.get("https://example.com/", headers=headers)
+
+
 async def test_without_a_body_the_head_ends_the_stream(server: RawServer, client: h2keep.AsyncClient) -> None:
     server.serve(answering())
     await client.post(server.url)

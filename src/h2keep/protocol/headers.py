@@ -27,6 +27,8 @@ _LOWER_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 #: A value as it goes on the wire: without CR, LF, NUL, and without white space around it.
 _CLEAN_VALUE = re.compile(rb"(?![ \t])[^\0\r\n]*(?<![ \t])")
 _FORBIDDEN_IN_VALUE = re.compile(rb"[\0\r\n]")
+#: At most 18 digits: beyond that is nonsense, and int() of a very long string is slow.
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 _TARGET = re.compile(rb"/[\x21-\x7e\x80-\xff]*|\*")
 _AUTHORITY = re.compile(rb"[^\x00-\x20\x7f@/?#]+")
 
@@ -88,15 +90,18 @@ class FieldMemory:
         head = known.copy()
         good, content_length = self._good, None
         for field in fields:
-            if field not in good:
+            if field in good:
+                head.append(field)
+            elif content_length is None and field[0] == b"content-length" and _LENGTH.fullmatch(field[1]):
+                # Each request has one of its own, which needn't be remembered.
+                content_length = int(field[1])
+                head.append(field)
+            else:
                 content_length = _check_field(*field, content_length, into=head)
                 self._remember(head[-1])
-            else:
-                head.append(field)
         return head, content_length
 
     def _remember(self, field: tuple[bytes, bytes]) -> None:
-        # Each request has a length of its own, which it must be asked for.
         if field[0] != b"content-length" and len(field[1]) <= self._LONGEST:
             if len(self._good) >= self._MOST:
                 self._good.clear()
@@ -145,8 +150,7 @@ def _check_name(name: bytes) -> None:
 
 
 def _content_length(value: bytes, before: int | None) -> int:
-    # At most 18 digits: beyond that is nonsense, and int() of a very long string is slow.
-    if not (value.isdigit() and len(value) <= 18):
+    if not _LENGTH.fullmatch(value):
         raise LocalProtocolError(f"header 'content-length': {value!r} is not a length", unprocessed=True)
     length = int(value)
     if before is not None and before != length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
     from h2keep.runner.dial import Origin
 
-__all__ = ["REPLAY_BUFFER", "PoolRequest", "Timeout", "is_seconds"]
+__all__ = ["REPLAY_BUFFER", "Head", "PoolRequest", "Timeout", "is_seconds"]
 
 #: How much of a streamed body is kept by default, so that it could be sent again, in bytes (K24).
 REPLAY_BUFFER = 16 * 1024 * 1024
@@ -41,6 +41,15 @@ class Timeout:
             value = getattr(self, name)
             if value is not None and not is_seconds(value):
                 raise ValueError(f"timeout: {name} must be None or a number of seconds from 0 on, not {value!r}")
+
+
+class Head(NamedTuple):
+    """What a request says before its body, checked."""
+
+    origin: Origin
+    fields: Headers
+    #: As declared in the fields, None if it isn't.
+    content_length: int | None
 
 
 @dataclass(slots=True)
