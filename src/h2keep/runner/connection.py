@@ -154,6 +154,9 @@ class Driver(Protocol):
     def write_now(self) -> None:
         """The same, and nothing is to come that could be written with it."""
 
+    def expect_requests(self) -> None:
+        """Those whose requests have just ended will often make others at once."""
+
     def wake_timer(self) -> None:
         """The deadline moved to before `timer_armed_for`."""
 
@@ -452,6 +455,8 @@ class Http2Connection:
         else:
             if protocol.has_data_to_send():
                 self.driver.wake_writer()
+            elif ended and protocol.open_streams:
+                self.driver.expect_requests()
             self._check_timer()
         if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()

@@ -97,6 +97,10 @@ class SocketDriver(ABC):
         self.wake_writer()
 
     @abstractmethod
+    def expect_requests(self) -> None:
+        """Driver."""
+
+    @abstractmethod
     def wake_timer(self) -> None:
         """Driver."""
 
@@ -276,6 +280,9 @@ class AnyioDriver(SocketDriver):
         """Driver."""
         self._writer.unpark()
 
+    def expect_requests(self) -> None:
+        """Driver. The writer could run before those who make them."""
+
     def wake_timer(self) -> None:
         """Driver."""
         self._timer.unpark()
@@ -396,6 +403,10 @@ class CallbackDriver(SocketDriver):
         if not self._writing:
             self._writing = True
             self._run(self._write)
+
+    def expect_requests(self) -> None:
+        """Driver. The loop calls in the order of asking: first those who have been woken, then the writer."""
+        self.wake_writer()
 
     def _write(self) -> None:
         sent = self._send()
