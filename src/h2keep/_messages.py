@@ -273,12 +273,12 @@ class BaseClient:
         self,
         method: str,
         url: str,
-        content: AnyContent | None,
-        json: Any,
-        params: Mapping[str, Any] | None,
-        headers: HeaderTypes,
-        timeout: TimeoutTypes | EllipsisType,
-        extensions: Mapping[str, Any] | None,
+        content: AnyContent | None = None,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        headers: HeaderTypes = (),
+        timeout: TimeoutTypes | EllipsisType = ...,
+        extensions: Mapping[str, Any] | None = None,
     ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's head, its body and its timeouts."""
         if extensions or params or (headers and type(headers) is not dict):

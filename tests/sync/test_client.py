@@ -179,7 +179,7 @@ class TestResponses:
             assert request.reset is None
             del manager
             eventually(lambda: request.reset == CANCEL, "the stream is reset")
-            response = own._send("GET", server.url, None, None, None, (), ..., None)
+            response = own._send("GET", server.url)
             request = list(server.peers[0].requests.values())[1]
             chunks = response.iter_bytes()
             assert next(chunks) == b"first"
