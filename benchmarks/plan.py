@@ -161,7 +161,6 @@ def _sse(name: str, candidates: tuple[str, ...], rounds: int = 99) -> Case:
         candidates,
         {"events": 5_000},
         rounds=rounds,
-        demands=Demands(gather=True),
     )
 
 
