@@ -3,7 +3,9 @@ package main
 import (
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"io"
+	"os"
 	"runtime"
 	"sync"
 	"time"
@@ -121,6 +123,10 @@ func (c *conn) read() error {
 	filled := 0
 	for {
 		n, err := c.tls.Read(buffer[filled:])
+		if errors.Is(err, os.ErrDeadlineExceeded) { // the writer's nudge
+			c.wire.SetReadDeadline(time.Time{})
+			continue
+		}
 		if err != nil {
 			return err
 		}

@@ -2,7 +2,10 @@ package main
 
 import (
 	"net"
+	"runtime"
 	"sync"
+	"syscall"
+	"time"
 )
 
 // A wire is a TCP connection below TLS, which writes each record with a system call of its own. While the wire is held
@@ -13,6 +16,7 @@ type wire struct {
 	lock    sync.Mutex
 	held    bool
 	waiting []byte
+	raw     syscall.RawConn
 }
 
 // As much may wait before it is written although the wire is held.
@@ -25,7 +29,11 @@ func (l wireListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &wire{Conn: conn}, nil
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	return &wire{Conn: conn, raw: raw}, nil
 }
 
 func (w *wire) Write(data []byte) (int, error) {
@@ -61,4 +69,19 @@ func (w *wire) flush() error {
 	_, err := w.Conn.Write(w.waiting)
 	w.waiting = w.waiting[:0]
 	return err
+}
+
+// nudge wakes the one who waits to read, by a timeout, if there is something to read. On a single core nobody else would
+// do that as long as there is more to write and room for it: Go looks at its sockets when it has nothing to run, or
+// every 10 ms.
+func (w *wire) nudge() {
+	peeked := -1
+	w.raw.Control(func(fd uintptr) {
+		var one [1]byte
+		peeked, _, _ = syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	})
+	if peeked > 0 {
+		w.SetReadDeadline(time.Unix(1, 0))
+		runtime.Gosched()
+	}
 }

@@ -11,7 +11,7 @@ import (
 
 // About as much is made before it is written. Small answers wait for no more of the large ones than that and what the
 // kernel has taken already.
-const batch = 128 << 10
+const batch = 64 << 10
 
 // A line is where streams wait for their turn to send one frame.
 type line struct{ first, latest *stream }
@@ -73,8 +73,12 @@ func (c *conn) write() {
 		if len(c.out) == 0 && c.ending {
 			return
 		}
+		more := c.line.first != nil
 		c.lock.Unlock()
 		err := c.send()
+		if more {
+			c.wire.nudge()
+		}
 		c.lock.Lock()
 		if err != nil {
 			c.wire.Conn.Close() // which ends the reader
