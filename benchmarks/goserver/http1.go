@@ -43,16 +43,16 @@ func http1Handler(wanted bool) http.Handler {
 
 // send writes a body, as HTTP/2's writer does: with few system calls, unless there are pauses.
 func send(w http.ResponseWriter, r *http.Request, answer response) {
-	wire := r.Context().Value(wireKey{}).(*wire)
+	below := r.Context().Value(wireKey{}).(*wire)
 	var piece []byte
 	for done := false; !done; {
 		if pause := answer.body.pause(); pause > 0 {
-			wire.release()
+			below.release()
 			if !sleep(r, pause) {
 				return
 			}
 		}
-		wire.hold()
+		below.hold()
 		piece, done = answer.body.next(piece[:0], chunk)
 		if _, err := w.Write(piece); err != nil {
 			break
@@ -61,7 +61,7 @@ func send(w http.ResponseWriter, r *http.Request, answer response) {
 			w.(http.Flusher).Flush()
 		}
 	}
-	wire.release()
+	below.release()
 }
 
 // sleep says whether the client is still there afterwards.

@@ -40,8 +40,12 @@ func respond(method, target string, received int) (response, time.Duration) {
 		size := q.number("size", 1<<20)
 		return response{200, "application/octet-stream", size, &bulk{size}, false}, 0
 	case "GET /events":
-		events := &events{count: q.number("count", 1), interval: q.duration("interval")}
+		interval := q.duration("interval")
+		events := &events{count: q.number("count", 1), interval: interval, due: time.Now().Add(interval)}
 		return response{200, "text/event-stream", -1, events, true}, 0
+	}
+	if method == "HEAD" {
+		return plain(404, ""), 0
 	}
 	return plain(404, "404 page not found\n"), 0
 }
@@ -117,6 +121,7 @@ func (*bulk) pause() time.Duration { return 0 }
 type events struct {
 	count    int
 	interval time.Duration
+	due      time.Time // of the next one
 	made     int
 	event    []byte
 	left     []byte // of the last one, if a window has cut it
@@ -138,18 +143,29 @@ func (e *events) next(out []byte, most int) ([]byte, bool) {
 }
 
 func (e *events) make() {
+	now := time.Now()
+	if e.due.Before(now) {
+		e.due = now
+	}
+	e.due = e.due.Add(e.interval)
 	e.event = append(e.event[:0], `data: {"i":`...)
 	e.event = strconv.AppendInt(e.event, int64(e.made), 10)
 	e.event = append(e.event, `,"ns":`...)
-	e.event = strconv.AppendInt(e.event, time.Now().UnixNano(), 10)
+	e.event = strconv.AppendInt(e.event, now.UnixNano(), 10)
 	e.event = append(e.event, `,"delta":"token"}`+"\n\n"...)
 	e.left = e.event
 	e.made++
 }
 
+// Timers are no finer. Of events with shorter intervals some are sent one after the other, and then there is a pause.
+const shortest = time.Millisecond
+
 func (e *events) pause() time.Duration {
-	if len(e.left) > 0 || e.made == e.count {
+	if e.interval <= 0 || len(e.left) > 0 || e.made == e.count {
 		return 0
 	}
-	return e.interval
+	if wait := time.Until(e.due); wait >= shortest {
+		return wait
+	}
+	return 0
 }
