@@ -228,7 +228,7 @@ async def _decoded(lines: AsyncIterable[bytes]) -> AsyncIterator[str]:
 class RawTls:
     """No HTTP client at all: one blocking TLS socket, one buffer, HTTP/1.1 by hand. Nobody else is on this loop.
 
-    Uploads go over a connection of their own, as HTTP/2's frames.
+    Uploads have a connection of their own (`floor.py`).
     """
 
     def __init__(self, target: Target) -> None:
