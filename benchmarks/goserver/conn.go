@@ -25,7 +25,7 @@ const (
 const farewell = time.Second
 
 // A conn is one HTTP/2 connection. One goroutine reads: it takes frames (handle.go) and puts streams whose request has
-// ended in line. Another one writes (write.go). No request has a goroutine of its own.
+// ended (requests.go) in line. Another one writes (write.go). No request has a goroutine of its own.
 type conn struct {
 	tls  *tls.Conn
 	wire *wire

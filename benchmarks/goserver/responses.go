@@ -67,7 +67,7 @@ func (q query) get(name string) string {
 }
 
 func (q query) number(name string, fallback int) int {
-	if n, err := strconv.Atoi(q.get(name)); err == nil {
+	if n, err := strconv.Atoi(q.get(name)); err == nil && n >= 0 {
 		return n
 	}
 	return fallback
