@@ -8,19 +8,19 @@ const refill = receiveWindow / 4
 // An inflow is a window that the client may fill, and what it has filled of it and was not given back.
 type inflow struct{ left, owed int }
 
-// take says how much is to be given back now.
-func (f *inflow) take(n int) (int, error) {
+func (f *inflow) take(n int) error {
 	f.left -= n
 	f.owed += n
 	if f.left < 0 {
-		return 0, violation{codeFlowControl, "more data than the window has room for"}
+		return violation{codeFlowControl, "more data than the window has room for"}
 	}
-	if f.owed < refill {
-		return 0, nil
-	}
+	return nil
+}
+
+func (f *inflow) giveBack() uint32 {
 	back := f.owed
 	f.left, f.owed = f.left+back, 0
-	return back, nil
+	return uint32(back)
 }
 
 // An arrival is a DATA frame of which something is still to come.
@@ -71,19 +71,27 @@ func (c *conn) arrived(available int) (int, error) {
 	return n, c.give(a.stream, n)
 }
 
-// give gives back what DATA has taken of the windows. A stream that ends needs none.
+// give gives back what DATA has taken of the windows: of both if it is time for one, as they go out together then. A
+// stream that has ended needs none.
 func (c *conn) give(s *stream, n int) error {
-	back, err := c.receive.take(n)
-	if back > 0 {
-		c.control = appendValues(c.control, frameWindowUpdate, 0, uint32(back))
-	}
-	if err != nil || s == nil {
+	if err := c.receive.take(n); err != nil {
 		return err
 	}
-	if back, err = s.receive.take(n); back > 0 && s.response.body == nil {
-		c.control = appendValues(c.control, frameWindowUpdate, s.id, uint32(back))
+	due := c.receive.owed >= refill
+	if s != nil {
+		if err := s.receive.take(n); err != nil {
+			return err
+		}
+		due = due || s.receive.owed >= refill
 	}
-	return err
+	if !due {
+		return nil
+	}
+	c.control = appendValues(c.control, frameWindowUpdate, 0, c.receive.giveBack())
+	if s != nil && s.response.body == nil {
+		c.control = appendValues(c.control, frameWindowUpdate, s.id, s.receive.giveBack())
+	}
+	return nil
 }
 
 func (c *conn) headers(h header, payload []byte) error {
