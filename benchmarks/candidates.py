@@ -17,6 +17,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from benchmarks.floor import Upload
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
     from pathlib import Path
@@ -96,8 +98,18 @@ class HttpxLike(_Client):
             yield response.aiter_lines()
 
 
+def calmly(path: str, interval: str) -> str:
+    """The path of events that don't come much faster than pyreqwest takes them.
+
+    Its HTTP/2 ends the connection, as under an attack, if some 5,000 small frames have come that nobody has read.
+    """
+    return f"{path}&interval={interval}" if path.startswith("/events") and "interval" not in path else path
+
+
 class Pyreqwest(_Client):
     """pyreqwest's own client. It has no line iterator: `_split` is the shortest one that is right."""
+
+    _INTERVAL = "1500ns"
 
     async def post(self, path: str, body: bytes) -> bytes:
         response = await self._client.post(self._url(path)).headers(HEADERS).body_bytes(body).build().send()
@@ -105,14 +117,14 @@ class Pyreqwest(_Client):
 
     @asynccontextmanager
     async def chunks(self, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        async with self._client.get(self._url(path)).build_streamed() as response:
+        async with self._client.get(self._url(calmly(path, self._INTERVAL))).build_streamed() as response:
             yield self._chunks(response.body_reader)
 
     @asynccontextmanager
     async def lines(self, path: str, *, live: bool = False) -> AsyncIterator[AsyncIterator[str]]:
-        # By default a body is held back until it is over or 64 KiB of it are there. Without that, its HTTP/2 takes a
-        # flood of small frames for an attack and ends the connection: so each case is given the way that suits it.
-        request = self._client.get(self._url(path))
+        # By default a body is held back until it is over or 64 KiB of it are there. Without that it is too slow for a
+        # flood of small frames, and ends the connection: so each case is given the way that suits it.
+        request = self._client.get(self._url(calmly(path, self._INTERVAL)))
         if live:
             request = request.streamed_read_buffer_limit(0)
         async with request.build_streamed() as response:
@@ -132,6 +144,17 @@ class Pyreqwest(_Client):
                 yield line.decode()
         if rest:
             yield rest.decode()
+
+
+class PyreqwestHttpx(HttpxLike):
+    """pyreqwest's transport in httpx's client."""
+
+    _INTERVAL = "1us"
+
+    @asynccontextmanager
+    async def lines(self, path: str, *, live: bool = False) -> AsyncIterator[AsyncIterator[str]]:
+        async with super().lines(calmly(path, self._INTERVAL), live=live) as lines:
+            yield lines
 
 
 class Niquests(_Client):
@@ -203,20 +226,30 @@ async def _decoded(lines: AsyncIterable[bytes]) -> AsyncIterator[str]:
 
 
 class RawTls:
-    """No HTTP client at all: one blocking TLS socket, one buffer, HTTP/1.1 by hand. Nobody else is on this loop."""
+    """No HTTP client at all: one blocking TLS socket, one buffer, HTTP/1.1 by hand. Nobody else is on this loop.
+
+    Uploads have a connection of their own (`floor.py`).
+    """
 
     def __init__(self, target: Target) -> None:
         url = urlsplit(target.url)
         assert url.hostname is not None
         self._connection = http.client.HTTPSConnection(url.hostname, url.port, context=target.trust(), timeout=TIMEOUT)
+        self._connect_upload = functools.partial(Upload, target.url, target.trust(), TIMEOUT)
+        self._upload: Upload | None = None
 
     def close(self) -> None:
         self._connection.close()
+        if self._upload is not None:
+            self._upload.close()
 
     async def post(self, path: str, body: bytes) -> bytes:
         return self.post_blocking(path, body)
 
     def post_blocking(self, path: str, body: bytes) -> bytes:
+        if path == "/sink":
+            self._upload = self._upload or self._connect_upload()
+            return self._upload.send(len(body))
         self._connection.request("POST", path, body, HEADERS)
         return self._connection.getresponse().read()
 
@@ -334,7 +367,7 @@ async def _pyreqwest_httpx(target: Target) -> AsyncIterator[Client]:
     from pyreqwest.compatibility.httpx import HttpxTransport
 
     async with httpx.AsyncClient(transport=HttpxTransport(_pyreqwest_client(target)), timeout=TIMEOUT) as client:
-        yield HttpxLike(client, target.url)
+        yield PyreqwestHttpx(client, target.url)
 
 
 @asynccontextmanager

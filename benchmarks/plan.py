@@ -161,7 +161,6 @@ def _sse(name: str, candidates: tuple[str, ...], rounds: int = 99) -> Case:
         candidates,
         {"events": 5_000},
         rounds=rounds,
-        demands=Demands(gather=True),
     )
 
 
@@ -193,7 +192,7 @@ CASES = (
     _rr(1, RR),
     _rr(100, RR),
     _bodies("download", (*BODIES, "go", "null-httpx2", "raw-tls")),
-    _bodies("upload", (*FEW, "pyreqwest-httpx", "hyperhttp", "aiohttp")),
+    _bodies("upload", (*FEW, "pyreqwest-httpx", "hyperhttp", "aiohttp", "raw-tls")),
     _sse("sse", (*BODIES, "go", "null-httpx2")),
     _sse("sse-bytes", (*H2KEEP, "httpx2", "pyreqwest", "aiohttp", "null-httpx2"), rounds=3),
     Case(

