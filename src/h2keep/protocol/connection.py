@@ -207,7 +207,8 @@ class Connection:
     @property
     def has_room(self) -> bool:
         """Whether a new request may be opened now, or at the next life."""
-        return self.accepting and self._slots(held=0) > 0
+        room = self._slots(held=0) if self._unread else self.max_streams - self.open_streams
+        return room > 0 and self.accepting
 
     def _slots(self, held: int) -> int:
         allowed = self.max_streams - held
@@ -230,15 +231,16 @@ class Connection:
         content_length: int | None = None,
         body: bytes = b"",
         end_stream: bool = True,
+        awaited: bool = False,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
     ) -> int:
         """Queue a request; its stream id.
 
         `fields` and `content_length` come from `headers.request_fields`. `body` is what there is of it; more may come
-        by `send_data`, unless `end_stream`. It counts as sent once `data_to_send` has encoded it. The timeouts, in
-        seconds, are K21's. Raises `LocalProtocolError`, having queued nothing, if no request can be opened, or if the
-        body contradicts its declared length.
+        by `send_data`, unless `end_stream`. `awaited` means `await_data` at once. It counts as sent once `data_to_send`
+        has encoded it. The timeouts, in seconds, are K21's. Raises `LocalProtocolError`, having queued nothing, if no
+        request can be opened, or if the body contradicts its declared length.
         """
         if not self.accepting:
             raise LocalProtocolError(f"{self.name}: the connection takes no new requests", unprocessed=True)
@@ -250,6 +252,8 @@ class Connection:
             raise LocalProtocolError(f"there is no body, but its Content-Length is {content_length}", unprocessed=True)
         else:
             stream.upload_ended = end_stream
+        if awaited:
+            stream.reading_since = now
         self._next_stream_id += 2
         self._streams[stream_id] = stream
         self.open_streams += 1

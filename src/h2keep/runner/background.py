@@ -71,6 +71,9 @@ def refuse_to_wait() -> None:
 class Lease:
     """One client's share in the background loop, and its pool there. Refers to nothing of the client itself."""
 
+    #: The interpreter exits. Whoever asks for something here nevertheless is a daemon's thread, and gets no answer.
+    exiting = False
+
     def __init__(self, loop: BackgroundLoop, make_pool: Callable[[], Pool]) -> None:
         self.loop = loop
         self._make_pool = make_pool
@@ -130,6 +133,7 @@ class Lease:
             self.loop.spawn(self._close_pool)
 
     def _end_at_exit(self) -> None:
+        self.exiting = True
         if self._pool is None or not self._pool.busy:
             self._end()
         else:

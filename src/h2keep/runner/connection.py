@@ -229,6 +229,7 @@ class Http2Connection:
             content_length=request.content_length,
             body=whole,
             end_stream=body is None or body is whole,
+            awaited=True,
             read_timeout=request.timeout.read,
             write_timeout=request.timeout.write,
         )

@@ -81,7 +81,7 @@ class Exchange(ABC):
     # The loop's side
 
     def _start(self) -> None:
-        if self._abandoned:
+        if self._abandoned or self._lease.exiting:
             return
         try:
             if self._loop.dead:
@@ -186,7 +186,7 @@ class Exchange(ABC):
 
     def _post(self, job: Callable[[], None]) -> None:
         self._loop.post(job)
-        if self._loop.dead and self._blocked():
+        if self._loop.dead and self._blocked() and not self._lease.exiting:
             raise ReadError("the event loop that this request belongs to is no more, or is another process's")
 
     def _blocked(self) -> bool:

@@ -37,6 +37,7 @@ class Http2Stream:
     """A request on a connection, and its response as it comes in."""
 
     __slots__ = (
+        "_awaited",
         "_complete",
         "_connection",
         "_kept",
@@ -80,6 +81,8 @@ class Http2Stream:
         self._parker: Parker | None = None
         self._wake: Callable[[], None] | None = None
         self._released = False
+        # The read clock runs, as it does from the beginning.
+        self._awaited = True
         self._room: anyio.Event | None = None
         self._upload_scope: anyio.CancelScope | None = None
         self._upload_failure: BaseException | None = None
@@ -105,12 +108,14 @@ class Http2Stream:
 
     def head_came(self, event: events.ResponseReceived) -> None:
         """The response has started: the request won't be sent again."""
+        self._awaited = False
         self.status = event.status
         self.headers = event.headers
         self._let_go_of_request()
 
     def data_came(self, _event: events.DataReceived) -> None:
         """Bytes of the body wait on the connection."""
+        self._awaited = False
         self.data_waits = True
 
     def response_ended(self, event: events.StreamEnded) -> None:
@@ -158,7 +163,7 @@ class Http2Stream:
         self._connection = connection
         self.id = stream_id
         self.attempts += 1
-        self.attached = True
+        self.attached = self._awaited = True
         room = True
         for chunk in self._kept or ():
             # What is queued is queued by reference, and mustn't grow any more.
@@ -236,7 +241,9 @@ class Http2Stream:
 
     def await_data(self) -> None:
         """Somebody waits for what `has_head` or `poll` has not given yet: the read clock runs (K21)."""
-        self._connection.await_data(self.id)
+        if not self._awaited:
+            self._awaited = True
+            self._connection.await_data(self.id)
 
     def close(self) -> None:
         """The requesting task is done with this stream; RST_STREAM(CANCEL) goes out if it is still open. Idempotent."""
