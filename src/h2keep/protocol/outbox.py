@@ -77,6 +77,8 @@ class Outbox:
         """
         complete: list[Stream] = []
         relieved: list[Stream] = []
+        if not (self._heads or self._ready):
+            return [self._engine.drain()], complete, relieved
         parts: list[bytes | memoryview] = [self._engine.drain()]
         size = len(parts[0])
         while self._heads and size < limit and self.allowance > 0:
