@@ -226,11 +226,12 @@ class SocketDriver(ABC):
         now, more = began, True
         while not self._stopped:
             if not self._unsent:
-                if more:
-                    self._unsent, more = connection.next_write(self._pacer.budget, now)
-                if not self._unsent:
+                if not more:
                     self._pacer.note_idle()
                     return _ALL
+                self._unsent, more = connection.next_write(self._pacer.budget, now)
+                if not self._unsent:
+                    continue
                 body = self._protocol.body_bytes_sent
                 if body != self._body_taken:
                     self._body_taken = body
