@@ -112,6 +112,12 @@ class _Phase(enum.Enum):
     CLOSED = enum.auto()
 
 
+# In Python 3.11 a member costs as much to look up in its enumeration as a call of a function.
+_QUIET, _PINGED, _JUDGING, _CLOSED = _Phase
+_NOTHING, _SEND_PING, _LOST = Verdict
+_IDLE, _USER = PingPurpose.IDLE, PingPurpose.USER
+
+
 class KeepaliveTimer:
     """Decides for one connection when a PING is due and when the peer is dead.
 
@@ -151,7 +157,7 @@ class KeepaliveTimer:
         self.rtt_smoothed: float | None = None
 
         self._random = random
-        self._phase = _Phase.QUIET
+        self._phase = _QUIET
         self._going_away = False
         # Life that nothing but note_life knows of yet. A flag, as life may bear the very time of the PING that it ends.
         self._life_seen = False
@@ -216,7 +222,8 @@ class KeepaliveTimer:
     def note_rtt(self, rtt: float) -> None:
         """A round-trip time was measured elsewhere, in seconds: that of the SETTINGS and their ACK."""
         self.rtt_last = rtt
-        self.rtt_best = rtt if self.rtt_best is None else min(self.rtt_best, rtt)
+        if self.rtt_best is None or rtt < self.rtt_best:
+            self.rtt_best = rtt
         self.rtt_smoothed = rtt if self.rtt_smoothed is None else self.rtt_smoothed + (rtt - self.rtt_smoothed) / 8
 
     def note_gap(self, seconds: float, now: float) -> None:
@@ -250,7 +257,7 @@ class KeepaliveTimer:
             self._allowance -= shift
             self._judge_at += shift
             self._looked_at = now
-            self._phase = _Phase.PINGED
+            self._phase = _PINGED
         self._arm()
 
     def note_going_away(self) -> None:
@@ -278,7 +285,7 @@ class KeepaliveTimer:
 
     def close(self) -> None:
         """We sent GOAWAY, or closed: no deadline and no PING any more (K17). All later calls are harmless."""
-        self._phase = _Phase.CLOSED
+        self._phase = _CLOSED
         self._wake_at = None
 
     # PINGs of other origin
@@ -320,7 +327,7 @@ class KeepaliveTimer:
         K4 applies to it, even with keepalive off. K16 doesn't: that bounds what nobody asked for.
         """
         self._take_in_life()
-        if self._phase is not _Phase.QUIET:
+        if self._phase is not _QUIET:
             return False
         self._ping(PingPurpose.USER, now)
         self._arm_anew()
@@ -346,14 +353,14 @@ class KeepaliveTimer:
         is closed.
         """
         if self._wake_at is None or now < self._wake_at:
-            return Verdict.NOTHING
+            return _NOTHING
         self._take_in_life()
         self._looked_at = now
-        verdict = Verdict.NOTHING
-        if self._phase is _Phase.QUIET:
-            if self._pings_silence and now >= self._ping_due(self._silent_since):
-                self._ping(PingPurpose.IDLE, now)
-                verdict = Verdict.SEND_PING
+        verdict = _NOTHING
+        if self._phase is _QUIET:
+            if self._pings_silence() and now >= self._ping_due(self._silent_since):
+                self._ping(_IDLE, now)
+                verdict = _SEND_PING
         elif now >= self._judge_at:
             verdict = self._judge(now)
         self._arm_anew()
@@ -367,14 +374,14 @@ class KeepaliveTimer:
         """
         if self._wake_at is None:
             return False
-        return (self.outstanding and now >= self._judge_at) or now - self._wake_at > _LATE
+        return now - self._wake_at > _LATE or (now >= self._judge_at and self.outstanding)
 
     # Answers
 
     @property
     def outstanding(self) -> bool:
         """Whether a PING was sent and no life came since; False once closed."""
-        return (self._phase is _Phase.PINGED or self._phase is _Phase.JUDGING) and not self._life_seen
+        return (self._phase is _PINGED or self._phase is _JUDGING) and not self._life_seen
 
     def verified(self, now: float) -> bool:
         """Whether a request may go out without asking the peer for life first (K9); always True if keepalive is off.
@@ -391,17 +398,16 @@ class KeepaliveTimer:
 
     def _take_in_life(self) -> None:
         """Begin a new silence if life came since the last look; whatever decides calls this first."""
-        if not self._life_seen or self._phase is _Phase.CLOSED:
+        if not self._life_seen or self._phase is _CLOSED:
             return
         self._life_seen = False
         self._distrusted = False
-        if self._phase is _Phase.QUIET:
+        if self._phase is _QUIET:
             self._share = self._random.random()
-        self._phase = _Phase.QUIET
+        self._phase = _QUIET
         # The later of the two, lest life dated before a PING that it came after bring the next one too near (K16).
         self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
 
-    @property
     def _pings_silence(self) -> bool:
         """Whether K3 applies: not to unused connections (K11, K17)."""
         if self.interval is None:
@@ -413,10 +419,14 @@ class KeepaliveTimer:
         interval = self._least_interval + self._spread * self._share
         if self._spread < _ROOM_TO_ROUND:
             return silent_since + interval
-        earliest = silent_since + self._least_interval
         # The begin is rounded by itself, so that how soon after a PING the answer came makes no difference.
-        due = math.floor(silent_since * _TICKS) + math.ceil(interval * _TICKS)
-        return min(max(due, math.ceil(earliest * _TICKS)), math.floor((earliest + self._spread) * _TICKS)) / _TICKS
+        due = silent_since * _TICKS // 1 + math.ceil(interval * _TICKS)
+        earliest = silent_since + self._least_interval
+        if due < earliest * _TICKS:
+            due = math.ceil(earliest * _TICKS)
+        elif due > (latest := (earliest + self._spread) * _TICKS):
+            due = math.floor(latest)
+        return due / _TICKS
 
     def _arm(self) -> None:
         """As `_arm_anew`, but no sleeper need wake earlier than it was going to."""
@@ -427,13 +437,15 @@ class KeepaliveTimer:
 
     def _arm_anew(self) -> None:
         """Choose when to wake: as late as can be, yet in time for any silence that begins after the last look."""
-        if self._phase is _Phase.CLOSED:
+        if self._phase is _CLOSED:
             return
-        self._wake_at = None if self._phase is _Phase.QUIET else self._judge_at
-        if not self._pings_silence:
+        self._wake_at = None if self._phase is _QUIET else self._judge_at
+        if not self._pings_silence():
             return
         if self._wake_at is not None:
-            self._wake_at = min(self._wake_at, self._ping_due(self._looked_at))
+            due = self._ping_due(self._looked_at)
+            if due < self._judge_at:
+                self._wake_at = due
             return
         look_at = self._looked_at + self._least_interval
         if self._spread >= _ROOM_TO_ROUND:
@@ -443,13 +455,13 @@ class KeepaliveTimer:
     def _judge(self, now: float) -> Verdict:
         """No life came until `_judge_at`, which has passed (K7)."""
         if now - self._judge_at > _LATE and self._extend(now):
-            return Verdict.NOTHING
-        if self._phase is _Phase.PINGED:
-            self._phase = _Phase.JUDGING
+            return _NOTHING
+        if self._phase is _PINGED:
+            self._phase = _JUDGING
             self._judge_at = now + _JUDGEMENT
-            return Verdict.NOTHING
+            return _NOTHING
         self.close()
-        return Verdict.LOST
+        return _LOST
 
     def _extend(self, now: float) -> bool:
         """Give the outstanding PING its ping_timeout anew, for time that we missed; False if done too often."""
@@ -458,12 +470,12 @@ class KeepaliveTimer:
         self._extensions += 1
         self._judge_at = now + self.policy.ping_timeout
         self._looked_at = now
-        self._phase = _Phase.PINGED
+        self._phase = _PINGED
         return True
 
     def _may_ping_extra(self, now: float) -> bool:
         """Whether K9 or K10 may send a PING; charges K16's budget if it comes faster than K3 would."""
-        if self._phase is not _Phase.QUIET or self.interval is None or self._going_away:
+        if self._phase is not _QUIET or self.interval is None or self._going_away:
             return False
         if self.last_ping_at is not None and now - self.last_ping_at < self._least_interval:
             if self._extra_pings >= _MAX_EXTRA_PINGS:
@@ -478,9 +490,9 @@ class KeepaliveTimer:
         self.last_ping_at = now
         self.last_ping_purpose = purpose
         self._awaiting_ack = True
-        if purpose is not PingPurpose.USER:
+        if purpose is not _USER:
             self._keepalive_pings += 1
-        self._phase = _Phase.PINGED
+        self._phase = _PINGED
         self._looked_at = now
         # That of the next silence, which begins after this.
         self._share = self._random.random()

@@ -62,6 +62,9 @@ _MAX_INFORMATIONAL = 100
 #: Two read or write timeouts in a row without progress between them retire the connection (K21).
 _TIMEOUTS_TO_RETIRE = 2
 
+# In Python 3.11 a member costs as much to look up in its enumeration as a call of a function.
+_SEND_PING, _LOST = Verdict.SEND_PING, Verdict.LOST
+
 _process_growth = GrowthBudget(PROCESS_GROWTH)
 
 
@@ -106,7 +109,9 @@ class Connection:
         self._engine: Engine = make_engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
         self._outbox = Outbox(self._engine)
         self._alarms = Alarms()
-        self._events: deque[events.Event] = deque()
+        #: What `next_event` takes from, for whoever finds a call an event dear.
+        self.waiting_events: deque[events.Event] = deque()
+        self._events = self.waiting_events
         self._streams: dict[int, Stream] = {}
         self._next_stream_id = 1
         self._held_slots = 0
@@ -171,6 +176,8 @@ class Connection:
         alarm = self._alarms.next_deadline()
         if alarm is not None and (deadline is None or alarm < deadline):
             deadline = alarm
+        if self._replies_since is None:
+            return deadline
         stuck = self._stuck_deadline()
         return deadline if stuck is None or (deadline is not None and deadline < stuck) else stuck
 
@@ -178,9 +185,11 @@ class Connection:
         """Whether `handle_timeout` may find somebody out of time now, so that the reader must have its turn before."""
         if self.closed:
             return False
-        alarm, stuck = self._alarms.next_deadline(), self._stuck_deadline()
-        if (alarm is not None and now >= alarm) or (stuck is not None and now >= stuck):
-            return True
+        # An unused connection, of which there may be thousands, has no deadlines but those of its PINGs.
+        if self._streams or self._replies_since is not None:
+            alarm, stuck = self._alarms.next_deadline(), self._stuck_deadline()
+            if (alarm is not None and now >= alarm) or (stuck is not None and now >= stuck):
+                return True
         return self.keepalive.judgement_due(now)
 
     # Requests
@@ -419,16 +428,17 @@ class Connection:
         """Act on every deadline that has passed; where `judgement_due`, after two passes of the scheduler (K7)."""
         if self.closed:
             return
-        for stream in self._alarms.due(now):
-            self._time_out(stream, now)
-        stuck = self._stuck_deadline()
-        if stuck is not None and now >= stuck:
-            self._end(self._loss(ConnectionLost, f"{self.name}: the server takes no bytes any more", now), now)
-            return
+        if self._streams or self._replies_since is not None:
+            for stream in self._alarms.due(now):
+                self._time_out(stream, now)
+            stuck = self._stuck_deadline()
+            if stuck is not None and now >= stuck:
+                self._end(self._loss(ConnectionLost, f"{self.name}: the server takes no bytes any more", now), now)
+                return
         verdict = self.keepalive.handle_timeout(now)
-        if verdict is Verdict.SEND_PING:
+        if verdict is _SEND_PING:
             self._send_ping(now)
-        elif verdict is Verdict.LOST:
+        elif verdict is _LOST:
             self._end(self._ping_timeout(now), now)
 
     # Engine reports

@@ -1,9 +1,9 @@
 """What a connection has to tell its runner: plain facts, in the past tense.
 
-Frozen and slotted; those about a stream, of which each request has several, are named tuples, which take a third of
-the time to make. An event never holds a socket, a task or a stream object. Body bytes are not in events: they wait in
-the connection until `Connection.read` takes them, so that a slow reader costs one buffer and not a queue of objects
-(K23).
+Frozen and slotted; those about a stream, of which each request has several, and those about PINGs are named tuples,
+which take a third of the time to make. An event never holds a socket, a task or a stream object. Body bytes are not in
+events: they wait in the connection until `Connection.read` takes them, so that a slow reader costs one buffer and not a
+queue of objects (K23).
 """
 
 from __future__ import annotations
@@ -92,16 +92,14 @@ class ConnectionReady:
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class PingSent:
+class PingSent(NamedTuple):
     """A PING was queued ahead of everything else."""
 
     purpose: PingPurpose
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class PingAcknowledged:
+class PingAcknowledged(NamedTuple):
     """The ACK of our last PING came."""
 
     #: Seconds from queueing the PING to reading its ACK.

@@ -68,6 +68,7 @@ _LONG = struct.Struct(">L")
 _TWO_LONGS = struct.Struct(">LL")
 _RESET = struct.Struct(">HBBBLL")
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_PING_HEADER = frame_header(8, PING, 0, 0)
 
 _DEFAULT_WINDOW = 65_535
 
@@ -600,7 +601,7 @@ class Ngh2Engine:
         self._reset.add(stream_id)
 
     def send_ping(self, payload: bytes) -> None:
-        self._out.append(_frame(PING, 0, 0, payload))
+        self._out.append(_PING_HEADER + payload)
 
     def send_window_update(self, stream_id: int, increment: int) -> None:
         if stream_id:

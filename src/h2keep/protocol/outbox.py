@@ -79,6 +79,8 @@ class Outbox:
         """
         complete: list[Stream] = []
         relieved: list[Stream] = []
+        if not (self._heads or self._ready):
+            return [self._engine.drain()], complete, relieved
         parts: list[bytes | memoryview] = [self._engine.drain()]
         bodies: list[bytes | memoryview] = []
         size = len(parts[0])

@@ -139,7 +139,7 @@ class Owner(Protocol):
         """The peer punished us for our PINGs (K13)."""
 
     def connection_pinged(self, connection: Http2Connection) -> None:
-        """A PING was sent, and the next one's interval begins (K13)."""
+        """A PING was sent, and the next one's interval, which had been enlarged, begins (K13)."""
 
     def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
         """Open a request that wasn't processed on another connection (K24); False if that can't be tried."""
@@ -402,33 +402,30 @@ class Http2Connection:
         self.orphaned = True
         self.ended(RuntimeError("its event loop is shutting down"))
 
-    def next_write(self, limit: int) -> list[bytes | memoryview]:
-        """Pieces of ciphertext to hand to the socket, none if there is nothing to say."""
-        pieces: list[bytes | memoryview] = []
+    def next_write(self, limit: int, now: float) -> tuple[list[bytes | memoryview], bool]:
+        """Pieces of ciphertext to hand to the socket, none if there is nothing to say; and whether there is more."""
+        pieces: list[bytes | memoryview] = [b""]
         if self.protocol.has_data_to_send():
-            pieces = self.protocol.pieces_to_send(limit, self.loop.time())
+            pieces = self.protocol.pieces_to_send(limit, now)
             if self._open_before:
                 # Without a request it was but control frames, whose leaving changes nothing.
                 self._settle()
-        security = self.transport.security
-        if not pieces:
-            return [security.encrypt(b"")] if security.pending() else []
-        return [written for piece in pieces if (written := security.encrypt(piece))]
-
-    def next_deadline(self) -> float | None:
-        """When `deadline_due` is to be called."""
-        return self.protocol.next_deadline()
-
-    def judgement_due(self, now: float) -> bool:
-        """Whether the reader must have its chance before `deadline_due` is called (K7)."""
-        return self.protocol.judgement_due(now)
+        written: list[bytes | memoryview] = []
+        for piece in pieces:
+            # Of no bytes it makes what TLS has to say of its own accord.
+            ciphertext = self.transport.security.encrypt(piece)
+            if ciphertext:
+                written.append(ciphertext)
+        return written, self.protocol.has_data_to_send()
 
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
-        """The deadline has passed."""
+        """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""
         self._look_for_gap(now)
         if upload_progressed:
             self.protocol.note_upload_progress(now)
         self.protocol.handle_timeout(now)
+        # The timer is armed anew after this in any case.
+        self.protocol.deadline_moved = False
         self._settle()
 
     # Inside
@@ -458,7 +455,8 @@ class Http2Connection:
                 self.driver.wake_writer()
             elif ended and protocol.open_streams:
                 self.driver.expect_requests()
-            self._check_timer()
+            if protocol.deadline_moved:
+                self._check_timer()
         if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()
         while self._hooked:
@@ -483,9 +481,10 @@ class Http2Connection:
     def _dispatch(self) -> bool:
         """Deliver all events; whether any of them concerns the pool. The good end of a stream does not as such."""
         changed = False
-        next_event, streams = self.protocol.next_event, self._streams
+        waiting, streams = self.protocol.waiting_events, self._streams
         told: Http2Stream | None = None
-        while (event := next_event()) is not None:
+        while waiting:
+            event = waiting.popleft()
             kind = type(event)
             deliver = _DELIVERIES.get(kind)
             if deliver is not None:
@@ -498,15 +497,17 @@ class Http2Connection:
                     if kind not in _NOT_FOR_READERS:
                         told = stream
                 changed = changed or kind is events.StreamFailed
+            elif kind in _OF_NO_CONCERN:
+                self._note(event)
             else:
-                changed = changed or kind not in _OF_NO_CONCERN
+                changed = True
                 if kind in (events.ConnectionReady, events.ConnectionClosed):
                     self._ready.unpark()
                 if kind is events.SettingsChanged:
                     self._owner.connection_limited(self)
                     self._give_back()
                 else:
-                    self._note(cast("ConnectionEvent", event))
+                    self._note(event)
         if told is not None:
             told.wake()
         return changed
@@ -546,13 +547,16 @@ class Http2Connection:
                 stream.attempts -= 1
                 self._hand_over(stream, RemoteProtocolError(text, unprocessed=True))
 
-    def _note(self, event: ConnectionEvent) -> None:
+    def _note(self, event: events.Event) -> None:
         if isinstance(event, events.PingSent):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("%s: PING (%s)", self.origin, event.purpose.name.lower())
-            self._owner.connection_pinged(self)
+            timer = self.protocol.keepalive
+            if timer.interval != timer.policy.read_idle_timeout:
+                self._owner.connection_pinged(self)
         elif isinstance(event, events.PingAcknowledged):
-            log.debug("%s: PING acknowledged after %.1f ms", self.origin, event.rtt * 1000)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: PING acknowledged after %.1f ms", self.origin, event.rtt * 1000)
         elif isinstance(event, events.GoAwayReceived):
             log.info("%s: GOAWAY, error code %d, %r", self.origin, event.error_code, event.debug_data)
             if event.too_many_pings:
@@ -560,7 +564,7 @@ class Http2Connection:
         elif isinstance(event, events.ConnectionClosed) and event.error is not None:
             log.info("%s", event.error)
         if self._hook is not None:
-            self._hooked.append(event)
+            self._hooked.append(cast("ConnectionEvent", event))
 
     def _tell_hook(self, event: ConnectionEvent) -> None:
         assert self._hook is not None

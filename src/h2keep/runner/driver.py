@@ -38,6 +38,9 @@ __all__ = ["start_driver"]
 _FIRST_READ = 64 * 1024
 _LEAST_READ = 4 * 1024
 _MOST_READ = 256 * 1024
+#: Fewer bytes don't take long, whatever they are, and say nothing about the socket's rate: no reason to look at the
+#: clock.
+_TRIFLE = 1024
 #: What the reader or the writer may take before others run (K23): bytes, and seconds.
 _TURN = 1024 * 1024
 _TURN_SECONDS = 0.005
@@ -67,11 +70,16 @@ class _Sent(enum.Enum):
     TURN_OVER = enum.auto()
 
 
+# In Python 3.11 a member costs as much to look up in its enumeration as a call of a function.
+_ALL, _BLOCKED, _TURN_OVER = _Sent
+
+
 class SocketDriver(ABC):
     """What both drivers have in common: a `h2keep.runner.connection.Driver`. Subclasses say who runs when."""
 
     def __init__(self, connection: Http2Connection) -> None:
         self._connection = connection
+        self._protocol = connection.protocol
         self._loop = connection.loop
         self._socket = connection.transport.socket
         self._pacer = WritePacer()
@@ -81,6 +89,7 @@ class SocketDriver(ABC):
         self._read_size = _FIRST_READ
         self._unsent: list[bytes | memoryview] = []
         self._written = 0
+        self._body_taken = 0
         self._upload_mark = 0
         self._acknowledged = 0
 
@@ -176,7 +185,8 @@ class SocketDriver(ABC):
     def _farewell(self) -> None:
         """GOAWAY and close_notify, as far as the kernel takes them."""
         connection = self._connection
-        data = b"".join([*self._unsent, *connection.next_write(_TURN), connection.transport.security.close()])
+        last, _ = connection.next_write(_TURN, self._loop.time())
+        data = b"".join([*self._unsent, *last, connection.transport.security.close()])
         if data:
             self._socket.send(data)
 
@@ -185,7 +195,7 @@ class SocketDriver(ABC):
     def _receive(self) -> bool:
         """Read what there is, for a turn at most; whether it ended before the socket was empty."""
         connection, time = self._connection, self._loop.time
-        turn, began = 0, time()
+        turn, began = 0, 0.0
         while not self._stopped:
             size = self._read_size
             try:
@@ -195,7 +205,11 @@ class SocketDriver(ABC):
             if not data:
                 connection.ended()
                 return False
+            if len(data) < _TRIFLE:
+                connection.bytes_came(data)
+                return False
             received = time()
+            began = began or received
             connection.bytes_came(data)
             now = time()
             if now - received > _TURN_SECONDS:
@@ -213,31 +227,37 @@ class SocketDriver(ABC):
         """Write what there is, for a turn at most."""
         connection, time = self._connection, self._loop.time
         turn, began = 0, time()
+        now, more = began, True
         while not self._stopped:
             if not self._unsent:
-                body_before = connection.protocol.body_bytes_sent
-                self._unsent = connection.next_write(self._pacer.budget)
-                if connection.protocol.body_bytes_sent != body_before:
+                if not more:
+                    self._pacer.note_idle()
+                    return _ALL
+                self._unsent, more = connection.next_write(self._pacer.budget, now)
+                if not self._unsent:
+                    continue
+                body = self._protocol.body_bytes_sent
+                if body != self._body_taken:
+                    self._body_taken = body
                     if self._acknowledged >= self._upload_mark:
                         # What was written before an upload is no part of it.
                         self._acknowledged = self._written
                     self._upload_mark = self._written + sum(map(len, self._unsent))
-            if not self._unsent:
-                self._pacer.note_idle()
-                return _Sent.ALL
             try:
-                sent = _send(self._socket, self._unsent)
+                sent, self._unsent = _send(self._socket, self._unsent)
             except BlockingIOError:
-                return _Sent.BLOCKED
-            self._unsent = _after(self._unsent, sent)
+                return _BLOCKED
             self._written += sent
+            if sent < _TRIFLE and not (self._unsent or more):
+                self._pacer.note_idle()
+                return _ALL
             now = time()
             if self._pacer.note_written(sent, now):
                 self._bound_kernel_buffer()
             turn += sent
             if turn >= _TURN or now - began >= _TURN_SECONDS:
-                return _Sent.TURN_OVER
-        return _Sent.ALL
+                return _TURN_OVER
+        return _ALL
 
     # The socket's own figures
 
@@ -299,9 +319,9 @@ class AnyioDriver(SocketDriver):
     async def _write(self) -> None:
         while not self._stopped:
             sent = self._send()
-            if sent is _Sent.BLOCKED:
+            if sent is _BLOCKED:
                 await anyio.wait_writable(self._socket)
-            elif sent is _Sent.TURN_OVER:
+            elif sent is _TURN_OVER:
                 await checkpoint()
             elif not self._stopped:
                 await self._writer.park()
@@ -309,7 +329,7 @@ class AnyioDriver(SocketDriver):
     async def _keep_time(self) -> None:
         connection, time = self._connection, self._loop.time
         while not self._stopped:
-            deadline = connection.next_deadline()
+            deadline = self._protocol.next_deadline()
             connection.timer_armed_for = deadline
             if deadline is None:
                 await self._timer.park()
@@ -318,7 +338,7 @@ class AnyioDriver(SocketDriver):
                 await self._timer.park()
                 continue
             now = time()
-            if connection.judgement_due(now):
+            if self._protocol.judgement_due(now):
                 # The reader's turn before it (K7).
                 await checkpoint()
                 await checkpoint()
@@ -358,12 +378,13 @@ class CallbackDriver(SocketDriver):
             self._alarms.let_sleep(self, self._alarm)
         self._end.unpark()
         self._asyncio.remove_reader(self._socket)
-        self._asyncio.remove_writer(self._socket)
+        if self._blocked:
+            self._asyncio.remove_writer(self._socket)
 
     def _soon(self, step: Callable[[], None]) -> None:
         self._asyncio.call_soon(self._run, step, context=self._context)
 
-    def _run(self, step: Callable[[], None]) -> None:
+    def _run(self, step: Callable[[], object]) -> None:
         """Take a step, unless it is too late for it; what goes wrong is the connection's end."""
         if self._stopped:
             return
@@ -381,13 +402,10 @@ class CallbackDriver(SocketDriver):
 
     def _greet(self) -> None:
         # The loop copies the context in which it is told to watch, which is the callbacks'.
-        self._asyncio.add_reader(self._socket, self._run, self._read)
+        # If the socket isn't empty after a turn the loop calls again.
+        self._asyncio.add_reader(self._socket, self._run, self._receive)
         # What came together with the end of the TLS handshake is no longer in the socket.
         self._connection.bytes_came(b"")
-
-    def _read(self) -> None:
-        # If the socket isn't empty after this turn the loop calls again.
-        self._receive()
 
     # Writing
 
@@ -410,7 +428,7 @@ class CallbackDriver(SocketDriver):
 
     def _write(self) -> None:
         sent = self._send()
-        if sent is _Sent.BLOCKED:
+        if sent is _BLOCKED:
             if not self._blocked:
                 self._blocked = True
                 self._asyncio.add_writer(self._socket, self._run, self._write)
@@ -418,7 +436,7 @@ class CallbackDriver(SocketDriver):
         if self._blocked and not self._stopped:
             self._blocked = False
             self._asyncio.remove_writer(self._socket)
-        if sent is _Sent.TURN_OVER:
+        if sent is _TURN_OVER:
             self._soon(self._write)
         else:
             self._writing = False
@@ -430,7 +448,7 @@ class CallbackDriver(SocketDriver):
         if self._alarm is not None:
             self._alarms.let_sleep(self, self._alarm)
             self._alarm = None
-        deadline = self._connection.timer_armed_for = self._connection.next_deadline()
+        deadline = self._connection.timer_armed_for = self._protocol.next_deadline()
         if deadline is not None and not self._asyncio.is_closed():
             self._alarm = deadline
             self._alarms.wake(self, deadline)
@@ -443,7 +461,7 @@ class CallbackDriver(SocketDriver):
 
     def _look_at_time(self) -> None:
         now = self._loop.time()
-        if self._connection.judgement_due(now):
+        if self._protocol.judgement_due(now):
             # The reader's turn before it (K7): two passes of the loop.
             self._soon(lambda: self._soon(lambda: self._act(self._loop.time())))
         else:
@@ -459,11 +477,15 @@ class CallbackDriver(SocketDriver):
             self.wake_timer()
 
 
-def _send(sock: socket.socket, pieces: list[bytes | memoryview]) -> int:
-    """Hand over as much of the pieces as the socket takes at once; how many bytes that is."""
-    if sys.platform == "win32" or len(pieces) == 1:
-        return sock.send(pieces[0])
-    return sock.sendmsg(pieces)
+def _send(sock: socket.socket, pieces: list[bytes | memoryview]) -> tuple[int, list[bytes | memoryview]]:
+    """Hand over as much of the pieces as the socket takes at once; how many bytes that is, and what remains."""
+    if len(pieces) == 1 or sys.platform == "win32":
+        sent = sock.send(pieces[0])
+        if sent == len(pieces[0]):
+            return sent, pieces[1:]
+    else:
+        sent = sock.sendmsg(pieces)
+    return sent, _after(pieces, sent)
 
 
 def _after(pieces: list[bytes | memoryview], taken: int) -> list[bytes | memoryview]:

@@ -11,6 +11,7 @@ take no new requests but still have some open are *draining*: they don't count a
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import OrderedDict, deque
 from itertools import islice
@@ -59,6 +60,23 @@ _FREE_DRAINING = 2
 _REPLACEMENT_TIMEOUT = 10.0
 
 
+class _Random(random.SystemRandom):
+    """The kernel's, which is asked once for a PING's payload and for the fraction that is drawn with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spare = b""
+
+    def randbytes(self, n: int) -> bytes:
+        fetched = os.urandom(n + 4)
+        self._spare = fetched[n:]
+        return fetched[:n]
+
+    def random(self) -> float:
+        spare, self._spare = self._spare, b""
+        return int.from_bytes(spare or os.urandom(4)) / 2**32
+
+
 class Pool:
     """Connections by origin, for one event loop."""
 
@@ -76,7 +94,7 @@ class Pool:
         self._limits = limits
         self._hook = hook
         self._engine = engine
-        self._random = random.SystemRandom()
+        self._random = _Random()
         self._origins: dict[Origin, OriginState] = {}
         self._states: dict[Http2Connection, OriginState] = {}
         self._idle: OrderedDict[Http2Connection, None] = OrderedDict()

@@ -273,8 +273,9 @@ class TLSLayer:
                     closed = True
                     break
                 plaintext.append(piece)
-                # The end is foreseen where it can be: the exception that says so costs more than a small record.
-                if not (incoming.pending or ssl_object.pending()):
+                # The end is foreseen where it can be: the exception that says so costs more than a small record. Of a
+                # record that was read whole nothing is pending.
+                if not incoming.pending and (len(piece) < self._RECORD or not ssl_object.pending()):
                     break
         except ssl.SSLWantReadError:
             pass
