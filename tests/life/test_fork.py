@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 PRELUDE = """
-import asyncio, gc, multiprocessing, os, ssl, sys, threading, time
+import asyncio, atexit, gc, multiprocessing, os, ssl, sys, threading, time
 import h2keep
 url, ca = sys.argv[1:3]
 keepalive = h2keep.Keepalive(0.2, 10.0, jitter=0.0)
@@ -227,6 +227,8 @@ def in_pool(number):
     return shared.get(url).text
 
 shared = new()
+# A pool's workers end in good order, if they are told to before they are killed.
+atexit.register(shared.close)
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[3])
     with shared.stream("GET", url + "/stream") as response:
