@@ -97,9 +97,11 @@ class BaseResponse:
 
     http_version = "HTTP/2"
 
-    def __init__(self, stream: Http2Stream | AwaitableExchange | BlockingExchange) -> None:
+    def __init__(
+        self, stream: Http2Stream | AwaitableExchange | BlockingExchange, content: bytes | None = None
+    ) -> None:
         self._source = stream
-        self._content: bytes | None = None
+        self._content = content
         self._iterated = False
         assert stream.status is not None
         self.status_code = stream.status

@@ -28,20 +28,16 @@ Content: TypeAlias = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
 class Response(BaseResponse):
     """A response whose body comes as it is read. Always used up: read to its end, or closed."""
 
-    def __init__(self, stream: Http2Stream | AwaitableExchange) -> None:
-        super().__init__(stream)
-        self._stream = stream
+    _source: Http2Stream | AwaitableExchange
 
     async def aread(self) -> bytes:
         """Read the body to its end."""
         if self._content is None:
             self._use_up()
-            self._content = self._stream.take_whole()
-            if self._content is None:
-                chunks = []
-                while chunk := await self._stream.receive():
-                    chunks.append(chunk)
-                self._content = b"".join(chunks)
+            chunks = []
+            while chunk := await self._source.receive():
+                chunks.append(chunk)
+            self._content = b"".join(chunks)
         return self._content
 
     def aiter_bytes(self) -> AsyncIterator[bytes]:
@@ -55,11 +51,11 @@ class Response(BaseResponse):
     def _chunks(self) -> _Chunks:
         if self._content is None:
             self._use_up()
-        return _Chunks(self, self._stream, self._content)
+        return _Chunks(self, self._source, self._content)
 
     async def aclose(self) -> None:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
-        self._stream.close()
+        self._source.close()
 
 
 # No generators, and no context made of one: trio complains of those that are left in the middle, as these may be, and
@@ -193,9 +189,12 @@ class AsyncClient(BaseClient):
         anything `json.dumps` takes. A `Host` header becomes `:authority`, while TCP and TLS go to the URL's host;
         the extension `sni_hostname` overrides the name for TLS. Raises the errors of `h2keep.errors`.
         """
-        # One coroutine less than with `_send`: each is gone through at every step that its innermost one takes.
-        response = Response(await self._open(method, url, content, json, params, headers, timeout, extensions))
-        await response.aread()
+        # No more coroutines than needed: each is gone through at every step that its innermost one takes.
+        stream = await self._open(method, url, content, json, params, headers, timeout, extensions)
+        whole = stream.take_whole()
+        response = Response(stream, whole)
+        if whole is None:
+            await response.aread()
         return response
 
     def stream(

@@ -25,29 +25,22 @@ Content: TypeAlias = bytes | str | Iterable[bytes]
 class SyncResponse(BaseResponse):
     """`Response` for threads. Always used up: read to its end, or closed."""
 
-    def __init__(self, stream: BlockingExchange) -> None:
-        super().__init__(stream)
-        self._stream = stream
+    _source: BlockingExchange
 
     def read(self) -> bytes:
         """Read the body to its end."""
         if self._content is None:
             self._use_up()
-            self._content = self._stream.take_whole()
-            if self._content is None:
-                self._content = self._read_on()
+            chunks = []
+            try:
+                while chunk := self._source.receive():
+                    chunks.append(chunk)
+            except BaseException:
+                # KeyboardInterrupt may come between two chunks.
+                self._source.close()
+                raise
+            self._content = b"".join(chunks)
         return self._content
-
-    def _read_on(self) -> bytes:
-        chunks = []
-        try:
-            while chunk := self._stream.receive():
-                chunks.append(chunk)
-        except BaseException:
-            # KeyboardInterrupt may come between two chunks.
-            self._stream.close()
-            raise
-        return b"".join(chunks)
 
     def iter_bytes(self) -> Iterator[bytes]:
         """The body as it comes: whatever waits is one chunk."""
@@ -56,10 +49,10 @@ class SyncResponse(BaseResponse):
             return
         self._use_up()
         try:
-            while chunk := self._stream.receive():
+            while chunk := self._source.receive():
                 yield chunk
         finally:
-            self._stream.close()
+            self._source.close()
 
     def iter_lines(self) -> Iterator[str]:
         r"""The body's lines without their ends, each as soon as it is complete; \n, \r\n and \r end a line."""
@@ -70,7 +63,7 @@ class SyncResponse(BaseResponse):
 
     def close(self) -> None:
         """Be done with it; the stream is reset if the body has not ended. Idempotent."""
-        self._stream.close()
+        self._source.close()
 
 
 class Client(BaseClient):
@@ -105,8 +98,11 @@ class Client(BaseClient):
         extensions: Mapping[str, Any] | None = None,
     ) -> SyncResponse:
         """Send a request and read the whole response; see `AsyncClient.request`."""
-        response = self._send(method, url, content, json, params, headers, timeout, extensions)
-        response.read()
+        stream = self._open(method, url, content, json, params, headers, timeout, extensions)
+        whole = stream.take_whole()
+        response = SyncResponse(stream, whole)
+        if whole is None:
+            response.read()
         return response
 
     @contextmanager
@@ -158,7 +154,10 @@ class Client(BaseClient):
         return self.request("DELETE", url, **options)
 
     def _send(self, *request: Any) -> SyncResponse:
+        return SyncResponse(self._open(*request))
+
+    def _open(self, *request: Any) -> BlockingExchange:
         head, body, timeout = self._prepare(*request)
         if isinstance(body, AsyncIterable):
             raise TypeError(f"content: {type(body).__name__} is an async iterable, which needs an AsyncClient")
-        return SyncResponse(self._connections.send_blocking(head, body, timeout))
+        return self._connections.send_blocking(head, body, timeout)

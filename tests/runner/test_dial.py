@@ -257,7 +257,7 @@ async def test_the_sockets_options_are_set() -> None:
     ):
         server.serve(answering())
         response = await client.get(server.url)
-        sock = response._stream.connection.transport.socket
+        sock = response._source.connection.transport.socket
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 7
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -268,7 +268,7 @@ async def test_k5_the_kernel_may_hold_little_that_is_not_sent() -> None:
     async with RawServer.listen() as server, h2keep.AsyncClient(http1=False, verify=False) as client:
         server.serve(answering())
         response = await client.get(server.url)
-        sock = response._stream.connection.transport.socket
+        sock = response._source.connection.transport.socket
         assert 16 * 1024 <= sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) <= 256 * 1024
 
 
@@ -376,7 +376,7 @@ async def test_tls_1_2_and_1_3_both_work(ca: trustme.CA, ca_path: Path, version:
         server.serve(answering(b"x" * 100_000))
         response = await client.get(server.url)
         assert response.content == b"x" * 100_000
-        tls = response._stream.connection.transport.security.ssl_object
+        tls = response._source.connection.transport.security.ssl_object
         assert tls is not None
         assert tls.version() == version.name.replace("_", ".")
         assert server.peers[0].alpn == "h2"

@@ -206,7 +206,7 @@ async def test_k23_a_download_and_small_requests_beside_responses_that_nobody_re
             held.append(response)
             got = 0
             while got < read_each:
-                got += len(await response._stream.receive())
+                got += len(await response._source.receive())
             consumed[response.stream_id] = got
         # The others are never looked at.
         for _ in range(unread - readers):
@@ -301,7 +301,7 @@ async def test_responses_that_ended_large_and_unread_keep_what_their_windows_had
             tasks.start_soon(peer.send_data, response.stream_id, bytes(size))
             got = 0
             while got < size:
-                got += len(await response._stream.receive())
+                got += len(await response._source.receive())
             await passes(20)
             await _fill(peer, peer.requests[response.stream_id])
             await peer.send_data(response.stream_id, b"", end_stream=True)

@@ -165,7 +165,7 @@ class TestResponses:
         with threaded(head_only) as server, client(timeout=None) as own, own.stream("GET", server.url) as response:
             reader = threading.Thread(target=read, args=(response,))
             reader.start()
-            eventually(lambda: outcome and response._stream._waiting, "the thread waits for more")
+            eventually(lambda: outcome and response._source._waiting, "the thread waits for more")
             response.close()
             reader.join(10)
             assert not reader.is_alive()

@@ -25,15 +25,14 @@ class Alarms:
         self._heap: list[tuple[float, int, Stream]] = []
         self._live = 0
 
-    def arm(self, stream: Stream) -> bool:
-        """One of the stream's clocks may have begun to run; whether `next_deadline` is earlier for it."""
-        alarm, deadline = stream.alarm, stream.deadline()
-        if deadline is None or (alarm is not None and alarm <= deadline):
-            return False
-        if alarm is None:
+    def arm(self, stream: Stream, at: float) -> bool:
+        """Look at the stream's clocks then, or before; whether `next_deadline` is earlier for it."""
+        if stream.alarm is None:
             self._live += 1
-        stream.alarm = deadline
-        heapq.heappush(self._heap, (deadline, stream.id, stream))
+        elif stream.alarm <= at:
+            return False
+        stream.alarm = at
+        heapq.heappush(self._heap, (at, stream.id, stream))
         if len(self._heap) > 2 * self._live + 64:
             self._heap = [entry for entry in self._heap if entry[2].alarm == entry[0]]
             heapq.heapify(self._heap)
@@ -59,8 +58,10 @@ class Alarms:
             stream = heapq.heappop(self._heap)[2]
             self.disarm(stream)
             deadline = stream.deadline()
-            if deadline is not None and deadline <= now:
+            if deadline is None:
+                continue
+            if deadline <= now:
                 expired.append(stream)
             else:
-                self.arm(stream)
+                self.arm(stream, deadline)
         return expired

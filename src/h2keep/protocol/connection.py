@@ -269,7 +269,9 @@ class Connection:
         self.keepalive.note_stream_opened()
         self.deadline_moved = self.deadline_moved or self.open_streams == 1
         self._outbox.add_head(stream)
-        self._arm(stream, now)
+        # Of which clock that is will be seen when it rings; most streams are over by then.
+        if stream.patience < math.inf and self._alarms.arm(stream, now + stream.patience):
+            self.deadline_moved = True
         return stream_id
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool, now: float) -> bool:
@@ -313,8 +315,10 @@ class Connection:
         stream = self._streams[stream_id]
         if stream.open:
             return None
-        data = stream.buffer
-        self._forget(stream)
+        del self._streams[stream_id]
+        data, stream.buffer = stream.buffer, b""
+        if data:
+            self._take_unread(stream, len(data))
         return data if isinstance(data, bytes) else bytes(data)
 
     def await_data(self, stream_id: int, now: float) -> None:
@@ -575,10 +579,13 @@ class Connection:
     _control_queued = True  # the connection preface
 
     def _arm(self, stream: Stream, now: float) -> None:
+        """One of the stream's clocks may have begun to run."""
         alarm = stream.alarm
-        # Nearly always there is one that rings soon enough, whichever clock began to run.
-        if (alarm is None or alarm > now + stream.patience) and self._alarms.arm(stream):
-            self.deadline_moved = True
+        # Nearly always there is one that rings soon enough, whichever clock it was.
+        if alarm is None or alarm > now + stream.patience:
+            deadline = stream.deadline()
+            if deadline is not None and self._alarms.arm(stream, deadline):
+                self.deadline_moved = True
 
     def _progress(self, stream_id: int) -> Stream:
         """HEADERS or DATA came on this stream."""
