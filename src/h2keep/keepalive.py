@@ -129,9 +129,9 @@ class KeepaliveTimer:
     __slots__ = (
         "_allowance", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
         "_keepalive_pings", "_least_interval", "_life_seen", "_looked_at", "_phase", "_random", "_share",
-        "_silent_since", "_spread", "_suspicion_pinged", "_wake_at", "interval", "last_life", "last_ping_at",
-        "last_ping_purpose", "open_streams", "payload", "pings_acked", "pings_sent", "policy", "ready_at", "rtt_best",
-        "rtt_last", "rtt_smoothed",
+        "_silent_since", "_spread", "_suspicion_pinged", "_verified_for", "_wake_at", "interval", "last_life",
+        "last_ping_at", "last_ping_purpose", "open_streams", "payload", "pings_acked", "pings_sent", "policy",
+        "ready_at", "rtt_best", "rtt_last", "rtt_smoothed",
     )  # fmt: skip
 
     def __init__(self, policy: Keepalive, random: RandomSource, now: float) -> None:
@@ -171,6 +171,9 @@ class KeepaliveTimer:
         self._extensions = 0
         self._allowance = 0.0
         self._distrusted = False
+        # How long after the last life the connection counts as verified (K9), for ever without keepalive.
+        idle = policy.read_idle_timeout
+        self._verified_for = math.inf if idle is None else min(idle, _MAX_UNVERIFIED_AFTER)
         self._awaiting_ack = False
         # Counted since the last progress.
         self._keepalive_pings = 0
@@ -388,11 +391,9 @@ class KeepaliveTimer:
 
         Not after min(configured read_idle_timeout, 30 s) of silence, nor from a gap or a suspicion until the next life.
         """
-        if self.policy.read_idle_timeout is None:
-            return True
         if self._distrusted and not self._life_seen:
-            return False
-        return now - self.last_life < min(self.policy.read_idle_timeout, _MAX_UNVERIFIED_AFTER)
+            return self.policy.read_idle_timeout is None
+        return now - self.last_life < self._verified_for
 
     # Inside
 

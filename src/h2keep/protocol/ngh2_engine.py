@@ -104,6 +104,8 @@ _PLACEHOLDER: Headers = []
 #: Streams whose end nghttp2 isn't told yet, at most.
 _MAX_UNTOLD = 256
 _FILLER = bytes(64 * 1024)
+#: A frame's flags without END_STREAM, as bytes.
+_OPEN_ENDED = [bytes([flags & ~END_STREAM]) for flags in range(256)]
 _NOT_MODIFIED = 304
 
 _ResponseReceived, _InformationalReceived = ngh2.ResponseReceived, ngh2.InformationalResponseReceived
@@ -551,7 +553,7 @@ class Ngh2Engine:
         )
         self._session.send_request(_hiding(headers), end_stream=True)
         head = self._session.data_to_send()
-        return head if end_stream else b"%b%c%b" % (head[:4], head[4] & ~END_STREAM, head[5:])
+        return head if end_stream else head[:4] + _OPEN_ENDED[head[4]] + head[5:]
 
     def _skip_to(self, stream_id: int) -> None:
         """Use up the ids before this one: requests that are cancelled before they are encoded leave no trace."""

@@ -126,7 +126,7 @@ class Outbox:
         stream.sent_at = stream.write_since = now
         head = engine.send_request(stream.id, fields, whole and not queued)
         heads.append(head)
-        if not whole or (queued and (self._ready or queued > min(_SMALL_BODY, engine.room(stream.id)))):
+        if not whole or (queued and (self._ready or queued > _SMALL_BODY or queued > engine.room(stream.id))):
             self.wake(stream)
             return len(head)
         stream.end_sent_at = now

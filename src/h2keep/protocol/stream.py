@@ -122,10 +122,9 @@ class Stream:
         # Timeouts.
         self.read_timeout = read_timeout
         self.write_timeout = write_timeout
+        patience = math.inf if read_timeout is None else read_timeout
         #: No clock that begins to run later runs out sooner than this.
-        self.patience = min(
-            math.inf if read_timeout is None else read_timeout, math.inf if write_timeout is None else write_timeout
-        )
+        self.patience = patience if write_timeout is None or write_timeout > patience else write_timeout
         #: Since when something is ready to be handed over and wasn't.
         self.write_since = now
         #: Since when the application waits with nothing buffered, None if it doesn't.
