@@ -17,8 +17,6 @@ __all__ = ["GapWatch", "suspend_counting_clock"]
 
 #: Less than this is scheduling, not sleep, in seconds.
 _SUSPENDED = 1.0
-#: What happens within so short a time, in seconds, happens within one wake-up, for which one look is enough.
-_SAME_MOMENT = 0.001
 #: A wall clock that jumps ahead by more than this may be a restored snapshot, in seconds.
 _WALL_JUMP = 5.0
 
@@ -36,7 +34,7 @@ def suspend_counting_clock() -> Callable[[], float]:
 class GapWatch:
     """Says how much time passed unseen since it was last asked."""
 
-    __slots__ = ("_looked_at", "_now", "_offset", "_suspended", "_wall", "_wall_offset")
+    __slots__ = ("_now", "_offset", "_suspended", "_wall", "_wall_offset")
 
     def __init__(
         self,
@@ -47,15 +45,12 @@ class GapWatch:
         self._now = now
         self._suspended = suspended or suspend_counting_clock()
         self._wall = wall
-        self._looked_at = at = now()
+        at = now()
         self._offset = self._suspended() - at
         self._wall_offset = wall() - at
 
     def check(self, now: float) -> tuple[float, bool]:
-        """Seconds of suspension since the last look (0.0 if none), and whether the wall clock jumped ahead."""
-        if 0.0 < now - self._looked_at < _SAME_MOMENT:
-            return 0.0, False
-        self._looked_at = now
+        """Seconds of suspension since the last call (0.0 if none), and whether the wall clock jumped ahead."""
         offset = self._suspended() - now
         wall_offset = self._wall() - now
         gap = offset - self._offset

@@ -251,14 +251,14 @@ class Http2Connection:
                 # Somebody waits for it, who is told by whoever moves it.
                 self.release(stream)
             raise
-        # All that `_settle` would find to do: opening a request makes no events.
+        # All that `_settle` would find to do, as opening a request makes no events; what can wait for the peer last.
         self._open_before = self.protocol.open_streams
-        self._check_timer()
-        self.has_room = self.protocol.has_room
         if len(self._streams) == 1:
             self.driver.write_now()
         else:
             self.driver.wake_writer()
+        self._check_timer()
+        self.has_room = self.protocol.has_room
         return stream
 
     def verified(self) -> bool:
