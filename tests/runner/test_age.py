@@ -92,7 +92,7 @@ async def test_k22_a_connection_in_use_is_replaced_and_no_request_notices(max_co
 
 def assert_counts_nothing(c: h2keep.AsyncClient) -> None:
     pool = pool_of(c)
-    assert (pool._free, pool._dials, len(pool._ages), len(pool._scopes)) == (0, 0, 0, 0)
+    assert (pool._free, pool._dials, len(pool._ages), len(pool._tasks)) == (0, 0, 0, 0)
 
 
 async def test_k22_the_age_is_jittered_by_up_to_a_tenth_less() -> None:
@@ -362,7 +362,7 @@ async def test_k17_k22_nothing_waits_for_the_age_of_a_connection_that_is_gone() 
             await anyio.sleep(0.1)
         pool = pool_of(c)
         assert not pool._states
-        assert not pool._scopes
+        assert not pool._tasks
         left = [task for task in running_tasks() - before if "h2keep" in repr(task)]
         assert not left
         assert len(server.peers) == 20
@@ -399,7 +399,7 @@ async def test_k22_closing_the_client_during_a_replacement_leaves_nothing() -> N
         tasks.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await c.aclose()
-            assert not pool._scopes
+            assert not pool._tasks
             assert not pool._states
             assert (pool._free, pool._dials, len(pool._ages)) == (0, 0, 0)
 

@@ -242,7 +242,7 @@ async def run_all(
                 closes.clear()
                 pool = pool_of(c)
                 await c.aclose()
-                assert not pool._scopes
+                assert not pool._tasks
                 await anyio.sleep(0.01)
                 assert all(peer.ended and peer.error is None for peer in server.peers)
                 for peer in server.peers:
@@ -253,7 +253,7 @@ async def run_all(
     finally:
         pool = pool_of(c)
         await c.aclose()
-        assert not pool._scopes
+        assert not pool._tasks
 
 
 @virtual_time

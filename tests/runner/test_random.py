@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from h2keep.runner.pool import _Random
+from h2keep.runner.chance import KernelRandom
 
 if TYPE_CHECKING:
     import pytest
@@ -22,7 +22,7 @@ def test_a_payload_and_the_fraction_drawn_with_it_are_fetched_together_and_used_
         return fetched[-1]
 
     monkeypatch.setattr(os, "urandom", fetch)
-    source = _Random()
+    source = KernelRandom()
     fetched.clear()
     for number in range(100):
         payload = source.randbytes(8)

@@ -894,7 +894,7 @@ class TestBetweenAttempts:
             await steps(when)
             pool = pool_of(client)
             await client.aclose()
-            assert not pool._scopes
+            assert not pool._tasks
             assert pool._moving == 0
             await anyio.sleep(1.0)
             assert isinstance(task.outcome, h2keep.H2KeepError)

@@ -253,7 +253,7 @@ class TestRetries:
             task.scope.cancel()
             await anyio.sleep(1000.0)
             assert len(flaky.at) == 3
-            assert not pool_of(c)._scopes
+            assert not pool_of(c)._tasks
             assert_at_rest(c)
 
 
@@ -404,12 +404,12 @@ class TestEnds:
             tasks.start_soon(task.run, c, server.url)
             await server.accept()
             pool = pool_of(c)
-            assert pool._scopes
+            assert pool._tasks
             with anyio.fail_after(60.0):
                 async with anyio.create_task_group() as closing:
                     for _ in range(closers):
                         closing.start_soon(pool.aclose)
-            assert not pool._scopes
+            assert not pool._tasks
             assert pool._dials == 0
             await anyio.sleep(0.1)
             assert isinstance(task.outcome, h2keep.ConnectError)
@@ -426,7 +426,7 @@ class TestEnds:
                 task.cancel()
             await asyncio.wait_for(pool.aclose(), 10.0)
             assert transport.socket.fileno() == -1
-            assert not pool._scopes
+            assert not pool._tasks
             assert not pool._states
 
         with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -20,7 +20,7 @@ def pool_of(client: h2keep.AsyncClient) -> Pool:
 def connections_of(client: h2keep.AsyncClient) -> list[Http2Connection]:
     """The connections that the pool counts, the one idle for longest first, busy ones after."""
     pool = pool_of(client)
-    return [*pool._idle, *(connection for connection in pool._states if connection not in pool._idle)]
+    return [*pool._unused, *(connection for connection in pool._states if connection not in pool._unused)]
 
 
 def assert_at_rest(client: h2keep.AsyncClient) -> None:
@@ -35,7 +35,7 @@ def assert_at_rest(client: h2keep.AsyncClient) -> None:
         assert connection in state.connections
         assert (protocol.open_streams, protocol.keepalive.open_streams) == (0, 0)
         assert (protocol._streams, connection._streams, protocol._unread) == ({}, {}, 0)
-        assert connection in pool._idle
+        assert connection in pool._unused
         if protocol.accepting and protocol.max_streams > 0:
             assert connection in state.available or connection in state.unverified
             assert protocol.free_slots == protocol.max_streams - protocol._held_slots

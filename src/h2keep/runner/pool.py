@@ -11,11 +11,9 @@ take no new requests but still have some open are *draining*: they don't count a
 from __future__ import annotations
 
 import math
-import os
-import random
 from collections import OrderedDict, deque
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -33,13 +31,16 @@ from h2keep.keepalive import IntervalMemory, Keepalive
 from h2keep.protocol.connection import ASSUMED_STREAMS
 from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner import eventloop
+from h2keep.runner.chance import KernelRandom
 from h2keep.runner.connection import EventHook, Http2Connection, log
 from h2keep.runner.dial import DialOptions, Origin, Transport, dial
 from h2keep.runner.driver import start_driver
 from h2keep.runner.origin import PAUSES, OriginState, Waiter
+from h2keep.runner.tasks import Tasks
+from h2keep.runner.unused import UnusedConnections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Iterator
 
     from h2keep.runner.limits import Limits
     from h2keep.runner.request import PoolRequest
@@ -60,23 +61,6 @@ _FREE_DRAINING = 2
 _REPLACEMENT_TIMEOUT = 10.0
 
 
-class _Random(random.SystemRandom):
-    """The kernel's, which is asked once for a PING's payload and for the fraction that is drawn with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._spare = b""
-
-    def randbytes(self, n: int) -> bytes:
-        fetched = os.urandom(n + 4)
-        self._spare = fetched[n:]
-        return fetched[:n]
-
-    def random(self) -> float:
-        spare, self._spare = self._spare, b""
-        return int.from_bytes(spare or os.urandom(4)) / 2**32
-
-
 class Pool:
     """Connections by origin, for one event loop."""
 
@@ -94,10 +78,11 @@ class Pool:
         self._limits = limits
         self._hook = hook
         self._engine = engine
-        self._random = _Random()
+        self._random = KernelRandom()
         self._origins: dict[Origin, OriginState] = {}
         self._states: dict[Http2Connection, OriginState] = {}
-        self._idle: OrderedDict[Http2Connection, None] = OrderedDict()
+        self._tasks = Tasks(self.loop)
+        self._unused = UnusedConnections(limits, self.loop, self._tasks.spawn)
         #: Origins whose queue wants a dial that max_connections forbids now.
         self._starved: OrderedDict[OriginState, None] = OrderedDict()
         self._dials = 0
@@ -107,14 +92,9 @@ class Pool:
         self._moving = 0
         #: Each ends the wait for a connection's age.
         self._ages: dict[Http2Connection, anyio.CancelScope] = {}
-        self._expiry_parker = self.loop.parker()
-        self._expiring = False
         self._closed = False
         #: A connection was still open when the event loop ended.
         self._orphaned = False
-        #: One for each background task, to end it by.
-        self._scopes: set[anyio.CancelScope] = set()
-        self._quiet: anyio.Event | None = None
 
     # Requests
 
@@ -199,7 +179,7 @@ class Pool:
             return False
         scope = stream.retry_scope = anyio.CancelScope()
         try:
-            self._spawn(lambda: self._move(stream, error, scope))
+            self._tasks.spawn(lambda: self._move(stream, error, scope))
         except ConnectError:
             # The event loop is shutting down.
             return False
@@ -265,7 +245,8 @@ class Pool:
         request: PoolRequest,
         again: Http2Stream | None = None,
     ) -> Http2Stream:
-        self._idle.pop(connection, None)
+        if connection.idle_since is not None:
+            self._unused.discard(connection)
         self._use_interval(state, connection)
         try:
             stream = connection.open(request, again)
@@ -363,9 +344,8 @@ class Pool:
 
     def _may_dial(self) -> bool:
         """The same; an unused connection may be closed for it."""
-        if not self._is_below_limit() and self._idle:
-            # The one unused for longest makes way.
-            next(iter(self._idle)).close()
+        if not self._is_below_limit() and self._unused:
+            self._unused.close_oldest()
         return self._is_below_limit()
 
     def _fail_waiters(self, state: OriginState, error: BaseException, patience: float = math.inf) -> None:
@@ -394,7 +374,7 @@ class Pool:
                 delay = max(delay, 3 * connection.protocol.keepalive.rtt_best)
         if not state.hedging and not state.dials:
             state.hedging = True
-            self._spawn(lambda: self._hedge(state, delay if asked else 0.0))
+            self._tasks.spawn(lambda: self._hedge(state, delay if asked else 0.0))
 
     async def _hedge(self, state: OriginState, delay: float) -> None:
         try:
@@ -437,7 +417,7 @@ class Pool:
         async def run() -> None:
             await self._dial(state, timeout)
 
-        self._spawn(run)
+        self._tasks.spawn(run)
 
     async def _dial(
         self, state: OriginState, timeout: float | None, *, replaces: bool = False
@@ -494,7 +474,7 @@ class Pool:
                 state.pausing = False
             self._serve(state)
 
-        self._spawn(run)
+        self._tasks.spawn(run)
 
     async def _connect(self, state: OriginState, timeout: float | None) -> tuple[Transport, float]:
         """A transport, and when its SETTINGS are due. Each attempt that `retries` allows has the whole timeout."""
@@ -550,7 +530,7 @@ class Pool:
         if self._limits.max_connection_age is not None:
             # Up to a tenth less, lest all that were made at once be replaced at once.
             age = self._limits.max_connection_age * (1 - 0.1 * self._random.random())
-            self._spawn(lambda: self._age(state, connection, age))
+            self._tasks.spawn(lambda: self._age(state, connection, age))
         self._serve(state)
         if ready:
             self._note_idle(connection)
@@ -681,7 +661,7 @@ class Pool:
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
         state.expected = None
-        self._idle.pop(connection, None)
+        self._unused.discard(connection)
         self._feed_starved()
 
     def _feed_starved(self) -> None:
@@ -699,41 +679,15 @@ class Pool:
     def _trim(self, state: OriginState) -> None:
         """A hedge may have taken us over max_connections: one without requests makes way, of the same origin (K9d)."""
         limit = self._limits.max_connections
-        if limit is not None and self._counted() - self._dials > limit and self._idle:
-            unused = (connection for connection in (*state.unverified, *state.available) if connection in self._idle)
-            next(unused, next(iter(self._idle))).close()
+        if limit is not None and self._counted() - self._dials > limit and self._unused:
+            unused = (connection for connection in (*state.unverified, *state.available) if connection in self._unused)
+            next(unused, next(iter(self._unused))).close()
 
     def _note_idle(self, connection: Http2Connection) -> None:
         if connection.idle_since is None or connection.protocol.closed:
-            self._idle.pop(connection, None)
-            return
-        if connection not in self._idle:
-            self._idle[connection] = None
-            limit = self._limits.max_keepalive_connections
-            if limit is not None and len(self._idle) > limit:
-                next(iter(self._idle)).close()
-            elif self._starved:
-                self._feed_starved()
-        if self._limits.keepalive_expiry is not None and self._idle and not self._expiring:
-            self._expiring = True
-            self._spawn(self._expire)
-
-    async def _expire(self) -> None:
-        """Close connections unused for keepalive_expiry; runs only while there are unused ones."""
-        expiry = self._limits.keepalive_expiry
-        assert expiry is not None
-        try:
-            while self._idle and not self._closed:
-                oldest = next(iter(self._idle))
-                assert oldest.idle_since is not None
-                due = oldest.idle_since + expiry
-                if self.loop.time() >= due:
-                    oldest.close()
-                    continue
-                with anyio.CancelScope(deadline=due):
-                    await self._expiry_parker.park()
-        finally:
-            self._expiring = False
+            self._unused.discard(connection)
+        elif self._unused.add(connection) and self._starved:
+            self._feed_starved()
 
     # The end
 
@@ -743,10 +697,7 @@ class Pool:
         self.close()
         for driver in drivers:
             await driver.wait_stopped()
-        if self._scopes:
-            # Others may be waiting for it, too.
-            self._quiet = self._quiet or anyio.Event()
-            await self._quiet.wait()
+        await self._tasks.wait()
 
     def close(self) -> None:
         """What of `aclose` needs no waiting; the tasks then end by themselves."""
@@ -755,8 +706,7 @@ class Pool:
             self._fail_waiters(state, ConnectError("the client was closed"))
         for connection in list(self._states):
             connection.close()
-        for scope in self._scopes:
-            scope.cancel()
+        self._tasks.cancel()
 
     def reap(self, reason: str) -> None:
         """Let go of everything without a word to anybody: the event loop is dead, or not this process's own."""
@@ -766,13 +716,12 @@ class Pool:
 
     def close_idle(self) -> None:
         """Close the connections on which no request is open or unread."""
-        for connection in list(self._idle):
-            connection.close()
+        self._unused.close()
 
     @property
     def busy(self) -> bool:
         """Whether a request is open, unread, waiting for a connection, or moving to another one."""
-        if self._moving or len(self._idle) < len(self._states):
+        if self._moving or len(self._unused) < len(self._states):
             return True
         return any(state.waiting for state in self._origins.values())
 
@@ -780,22 +729,6 @@ class Pool:
     def left_open(self) -> bool:
         """Whether there are connections, or were when the event loop ended, that nobody has closed."""
         return not self._closed and (bool(self._states) or self._orphaned)
-
-    def _spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        scope = anyio.CancelScope()
-
-        async def scoped() -> None:
-            with scope:
-                await run()
-
-        def ended() -> None:
-            self._scopes.discard(scope)
-            if self._quiet is not None and not self._scopes:
-                self._quiet.set()
-                self._quiet = None
-
-        self.loop.spawn(scoped, ended=ended)
-        self._scopes.add(scope)
 
 
 def _retry_delays(retries: int) -> Iterator[float | None]:
