@@ -111,7 +111,6 @@ class Connection:
         self._alarms = Alarms()
         #: What `next_event` takes from, for whoever finds a call an event dear.
         self.waiting_events: deque[events.Event] = deque()
-        self._events = self.waiting_events
         self._streams: dict[int, Stream] = {}
         self._next_stream_id = 1
         self._held_slots = 0
@@ -128,7 +127,7 @@ class Connection:
 
     def next_event(self) -> events.Event | None:
         """What happened, oldest first; None when there is no more."""
-        return self._events.popleft() if self._events else None
+        return self.waiting_events.popleft() if self.waiting_events else None
 
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth calling."""
@@ -155,7 +154,7 @@ class Connection:
             elif stream.reading_since is not None:
                 self._arm(stream, now)
         for stream in relieved:
-            self._events.append(events.BodyRoom(stream.id))
+            self.waiting_events.append(events.BodyRoom(stream.id))
         return pieces
 
     @property
@@ -390,7 +389,7 @@ class Connection:
         self.keepalive.note_life(now)
         if self._held_slots:
             self._held_slots = 0
-            self._events.append(events.SettingsChanged())
+            self.waiting_events.append(events.SettingsChanged())
 
     def note_gap(self, seconds: float, now: float) -> None:
         """Time passed that the monotonic clock didn't see (K25)."""
@@ -454,14 +453,14 @@ class Connection:
         if stream.informational > _MAX_INFORMATIONAL:
             self._refuse(stream, f"more than {_MAX_INFORMATIONAL} interim responses")
             return
-        self._events.append(events.InformationalReceived(stream_id, status, headers))
+        self.waiting_events.append(events.InformationalReceived(stream_id, status, headers))
 
     def on_response(self, stream_id: int, status: int, headers: Headers, end_stream: bool) -> None:
         """EngineHandler."""
         stream = self._progress(stream_id)
         stream.reading_since = None
         stream.response_seen = True
-        self._events.append(events.ResponseReceived(stream_id, status, headers))
+        self.waiting_events.append(events.ResponseReceived(stream_id, status, headers))
         if end_stream:
             self._end_response(stream, [])
 
@@ -477,7 +476,7 @@ class Connection:
             stream.reading_since = None
             stream.empty_frames = 0
             if not stream.buffer:
-                self._events.append(events.DataReceived(stream_id))
+                self.waiting_events.append(events.DataReceived(stream_id))
             stream.receive(data)
         else:
             stream.empty_frames += 1
@@ -512,10 +511,10 @@ class Connection:
         """EngineHandler."""
         if not self.ready:
             self.ready = True
-            self._events.append(events.ConnectionReady(self._now))
+            self.waiting_events.append(events.ConnectionReady(self._now))
         limit = self._engine.max_concurrent_streams
         self.max_streams = MAX_STREAMS if limit is None else min(limit, MAX_STREAMS)
-        self._events.append(events.SettingsChanged())
+        self.waiting_events.append(events.SettingsChanged())
         # Initial windows may have opened; SETTINGS are rare enough to look at every stream.
         for stream in self._streams.values():
             self._outbox.wake(stream)
@@ -534,7 +533,7 @@ class Connection:
         """EngineHandler."""
         rtt = self.keepalive.note_ping_ack(payload, self._now)
         if rtt is not None:
-            self._events.append(events.PingAcknowledged(rtt, self._now))
+            self.waiting_events.append(events.PingAcknowledged(rtt, self._now))
 
     def on_window_opened(self, stream_id: int) -> None:
         """EngineHandler."""
@@ -556,7 +555,7 @@ class Connection:
         self._punished = self._punished or calm
         self.goaway = events.GoAwayReceived(last_stream_id, error_code, debug_data, calm, self._now)
         self.keepalive.note_going_away()
-        self._events.append(self.goaway)
+        self.waiting_events.append(self.goaway)
         if before is not None and last_stream_id == before.last_stream_id:
             return
         text = (
@@ -604,7 +603,7 @@ class Connection:
     def _end_response(self, stream: Stream, trailers: Headers) -> None:
         stream.ended = True
         stream.reading_since = None
-        self._events.append(events.StreamEnded(stream.id, trailers))
+        self.waiting_events.append(events.StreamEnded(stream.id, trailers))
         if stream.end_sent_at is not None:
             self._close_stream(stream)
 
@@ -643,7 +642,7 @@ class Connection:
         """The stream is over. If its response was complete, it stands, and merely the rest of the body isn't wanted."""
         self._close_stream(stream)
         event = events.BodyRoom(stream.id) if stream.ended else events.StreamFailed(stream.id, error)
-        self._events.append(event)
+        self.waiting_events.append(event)
 
     def _abandon(self, stream: Stream, error_code: int, now: float) -> None:
         """Tell the peer, if it knows the stream, that we are done with it."""
@@ -670,7 +669,7 @@ class Connection:
     def _send_ping(self, now: float) -> bool:
         self._engine.send_ping(self.keepalive.payload)
         self._control_queued = self.deadline_moved = True
-        self._events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
+        self.waiting_events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
         return True
 
     def _count_reply(self, now: float) -> None:
@@ -753,7 +752,7 @@ class Connection:
             if stream.window is not None:
                 stream.window.release()
         self.keepalive.close()
-        self._events.append(events.ConnectionClosed(self.error, now))
+        self.waiting_events.append(events.ConnectionClosed(self.error, now))
 
 
 def _named(name: str, error: RemoteProtocolError) -> RemoteProtocolError:
