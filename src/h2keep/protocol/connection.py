@@ -65,6 +65,9 @@ _TIMEOUTS_TO_RETIRE = 2
 # In Python 3.11 a member costs as much to look up in its enumeration as a call of a function.
 _SEND_PING, _LOST = Verdict.SEND_PING, Verdict.LOST
 
+# Makes the events that each request has without the function of Python's that named tuples have in between.
+_new = tuple.__new__
+
 _process_growth = GrowthBudget(PROCESS_GROWTH)
 
 
@@ -460,7 +463,7 @@ class Connection:
         stream = self._progress(stream_id)
         stream.reading_since = None
         stream.response_seen = True
-        self.waiting_events.append(events.ResponseReceived(stream_id, status, headers))
+        self.waiting_events.append(_new(events.ResponseReceived, (stream_id, status, headers)))
         if end_stream:
             self._end_response(stream, [])
 
@@ -476,7 +479,7 @@ class Connection:
             stream.reading_since = None
             stream.empty_frames = 0
             if not stream.buffer:
-                self.waiting_events.append(events.DataReceived(stream_id))
+                self.waiting_events.append(_new(events.DataReceived, (stream_id,)))
             stream.receive(data)
         else:
             stream.empty_frames += 1
@@ -603,7 +606,7 @@ class Connection:
     def _end_response(self, stream: Stream, trailers: Headers) -> None:
         stream.ended = True
         stream.reading_since = None
-        self.waiting_events.append(events.StreamEnded(stream.id, trailers))
+        self.waiting_events.append(_new(events.StreamEnded, (stream.id, trailers)))
         if stream.end_sent_at is not None:
             self._close_stream(stream)
 
