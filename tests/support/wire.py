@@ -10,7 +10,6 @@ Linux only; elsewhere nothing is ever seen to be under way.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import socket
@@ -34,7 +33,6 @@ _SENDING = {_SYN_RECV, _FIN_WAIT_1, _LAST_ACK, _CLOSING}
 # Of the kernel's struct tcp_info: the state, and where counters are.
 _STATE, _UNACKED, _RECEIVED, _NOT_SENT, _SENT, _RESENT = 0, 24, 128, 144, 200, 208
 _SIZE = 216
-_FIONREAD = 0x541B
 
 
 class _End(NamedTuple):
@@ -46,8 +44,6 @@ class _End(NamedTuple):
     #: Bytes that were written to it, and those that came for it, read or not.
     written: int
     received: int
-    #: Bytes that wait to be read.
-    unread: int
     #: Packets that the other end hasn't acknowledged.
     unacked: int
     readable: bool
@@ -69,7 +65,6 @@ def _end(fd: int) -> _End | None:
         events = sum(mask for _, mask in poll.poll(0))
         local = sock.getsockname()[1]
         remote = 0 if raw[_STATE] == _SYN_SENT else sock.getpeername()[1]
-        (unread,) = struct.unpack("i", fcntl.ioctl(fd, _FIONREAD, bytes(4)))
     except OSError:
         return None
     finally:
@@ -84,7 +79,6 @@ def _end(fd: int) -> _End | None:
         raw[_STATE],
         sent - resent + not_sent,
         received,
-        unread,
         unacked,
         bool(events & ~select.POLLOUT),
         bool(events & ~select.POLLIN),
@@ -138,4 +132,4 @@ def _under_way(ends: frozenset[_End]) -> list[tuple[_End, _End | None]]:
 
 def _waits_for(end: _End, other: _End) -> bool:
     coming = not end.readable and end.received != other.written
-    return coming or (not end.writable and (end.unacked > 0 or not other.unread))
+    return coming or (not end.writable and (end.unacked > 0 or not other.readable))
