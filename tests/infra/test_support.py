@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from support.raw import Peer, RawRequest, RawServer, answering, task_group
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("leak_check")]
 
@@ -50,6 +51,42 @@ async def test_a_response_after_an_hour(server_ssl: ssl.SSLContext, client_ssl: 
             response = await client.post(server.url, content=b"question")
         assert (response.http_version, response.status_code, response.content) == ("HTTP/2", 200, b"hello")
         assert anyio.current_time() == pytest.approx(3600.0)
+
+
+@contextlib.contextmanager
+def _pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        other, _ = listener.accept()
+        with other:
+            one.setblocking(False)
+            other.setblocking(False)
+            yield one, other
+
+
+@virtual_time
+async def test_time_stands_still_while_the_kernel_holds_bytes() -> None:
+    with _pair() as (one, other):
+        # The kernel keeps them for 0.2 s, as it does those behind a lost packet.
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        one.send(b"late")
+        with anyio.fail_after(1.0):
+            await anyio.wait_readable(other)
+        assert other.recv(10) == b"late"
+        assert anyio.current_time() == 0.0
+
+
+@virtual_time
+async def test_bytes_that_nobody_reads_hold_up_no_time() -> None:
+    with _pair() as (one, other):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                one.send(bytes(100_000))
+        began = time.monotonic()
+        for _ in range(100):
+            other.send(b"x")
+            await anyio.sleep(1.0)
+            assert one.recv(10) == b"x"
+        assert time.monotonic() - began < 10.0
 
 
 # The raw server, and h2 as its client

@@ -401,3 +401,43 @@ asyncio.run(parent())
 print("done")
 """
     check(script, ca_path, peers=2, context=server_ssl)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_fork_waits_for_what_the_thread_does_after_its_end(
+    closed: bool, server_ssl: ssl.SSLContext, ca_path: Path
+) -> None:
+    """OpenSSL takes a lock there, which a child would find locked for ever."""
+    script = f"""
+import ctypes
+libc = ctypes.CDLL(None)
+key = ctypes.c_uint()
+# Called with the thread's own value of the key when the thread ends: this one makes it sleep.
+libc.pthread_key_create(ctypes.byref(key), libc.usleep)
+slow = []
+
+def hook(stats, event):
+    if not slow:
+        libc.pthread_setspecific(key, ctypes.c_void_p(300_000))
+        slow.append(threading.get_native_id())
+
+def lives():
+    return str(slow[0]) in os.listdir("/proc/self/task")
+
+own = new(event_hook=hook)
+assert own.get(url).text == "ok"
+assert lives()
+if {closed}:
+    own.close()
+pid = os.fork()
+if pid == 0:
+    assert own.get(url).text == "ok"
+    own.close()
+    os._exit(0)
+assert not lives()
+wait(pid)
+assert own.get(url).text == "ok"
+own.close()
+print("done")
+"""
+    check(script, ca_path, context=server_ssl)

@@ -33,6 +33,8 @@ __all__ = ["BackgroundLoop", "Lease", "lease", "refuse_to_wait"]
 
 #: How long the thread's end is waited for, in seconds: at exit, a fork, and the last client's close.
 _PATIENCE = 1.0
+#: How often to look whether the operating system has done with a thread, in seconds.
+_GLANCE = 0.0001
 #: A thread that gets the interpreter and keeps it for this share of its switch interval computes, and is not yielded to
 #: for so many seconds.
 _COMPUTES = 0.8
@@ -154,6 +156,19 @@ class Lease:
         self._ended.set()
 
 
+def _await_last_words(thread: threading.Thread) -> None:
+    """Wait until the operating system's thread has ended as well; on Linux only.
+
+    Before Python 3.13 `join` returns when the interpreter has done with a thread. OpenSSL goes on then, and cleans up
+    after it under a lock of all the process. A child that was forked meanwhile would wait for that lock for ever.
+    """
+    patience = time.monotonic() + _PATIENCE
+    with contextlib.suppress(OSError):
+        while time.monotonic() < patience:
+            os.stat(f"/proc/self/task/{thread.native_id}")
+            time.sleep(_GLANCE)
+
+
 class BackgroundLoop:
     """The loop and its thread. Only `post`, `is_current`, `join`, and the life cycle may be called from elsewhere."""
 
@@ -205,7 +220,10 @@ class BackgroundLoop:
 
     def join(self) -> None:
         """Wait for the thread's end, but not for ever: it may be held up by a hook of the user's."""
-        self._thread.join(_PATIENCE)
+        thread = self._thread
+        thread.join(_PATIENCE)
+        if not thread.is_alive():
+            _await_last_words(thread)
 
     # In the loop's thread
 
