@@ -68,7 +68,9 @@ def _add_run(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="make docs/performance.md and its plots of a run's JSON")
-    report.add_argument("results", type=Path, metavar="RESULTS.json")
+    report.add_argument(
+        "results", type=Path, nargs="+", metavar="RESULTS.json", help="of a case in several files, the last one counts"
+    )
     report.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md")
     report.set_defaults(run=_report)
 
@@ -256,9 +258,9 @@ def _rounded(value: Any) -> Any:
 
 def _report(options: argparse.Namespace) -> int:
     # Only here: plots need a library that measuring does not.
-    from benchmarks.page import write_page
+    from benchmarks.page import amended, write_page
 
-    write_page(json.loads(options.results.read_text()), options.output)
+    write_page(amended([json.loads(file.read_text()) for file in options.results]), options.output)
     print(f"wrote {options.output}")
     return 0
 

@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots, of one run's JSON and a template. Nothing that was measured is typed by hand."""
+"""docs/performance.md and its plots, of runs' JSON and a template. Nothing that was measured is typed by hand."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ COLUMNS = 2
 OURS, THEIRS = "#1f6f8b", "#b8bec4"
 
 
+def amended(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first run, with what later ones measured again in the place of what it has of the same cases."""
+    first, *later = reports
+    whole: dict[str, Any] = {**first, "again": [(run["about"], sorted(run["cases"])) for run in later]}
+    for run in later:
+        whole["cases"] = whole["cases"] | run["cases"]
+        for part in ("results", "failures"):
+            whole[part] = {
+                placement: {case: value for case, value in cases.items() if case not in run["cases"]}
+                | run[part].get(placement, {})
+                for placement, cases in whole[part].items()
+            }
+        kept = {name: value for name, value in whole["profiles"].items() if name.split()[0] not in run["cases"]}
+        whole["profiles"] = kept | run["profiles"]
+    return whole
+
+
 def write_page(report: Mapping[str, Any], output: Path) -> None:
     """Write the page to `output`, its plots to a folder beside it that bears its name."""
     placement, results = next(iter(report["results"].items()))
@@ -40,7 +57,7 @@ def write_page(report: Mapping[str, Any], output: Path) -> None:
     judged = verdicts(results, report["unavailable"])
     quick = report["about"]["quick"]
     parts = {
-        "about": f"{_about(report['about'])}\n\n{_crowded(results)}",
+        "about": "\n\n".join([_about(report["about"]), *_again(report), _crowded(results)]),
         "figures": "A quick run judges nothing." if quick else _figures(judged),
         "missed": "" if quick else _missed(judged, results, report),
         "absent": _absent(report["unavailable"]),
@@ -73,6 +90,15 @@ def _about(about: Mapping[str, Any]) -> str:
     if about["quick"]:
         lines.append("**This was a quick run, which only looks whether all works: its numbers mean nothing.**")
     return "\n\n".join(lines)
+
+
+def _again(report: Mapping[str, Any]) -> list[str]:
+    """What was measured at another time than the rest."""
+    return [
+        f"Measured again, on {about['when'][:10]} at commit `{about['commit'][:12]}`, {about['rounds']} rounds: "
+        f"{', '.join(cases)}."
+        for about, cases in report.get("again", ())
+    ]
 
 
 def _crowded(results: Results) -> str:

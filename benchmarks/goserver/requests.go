@@ -2,8 +2,12 @@ package main
 
 import "benchserver/hpack"
 
-// A window's share that is given back at once, lest each frame of a client's costs another.
-const refill = receiveWindow / 4
+// Windows are given back as net/http does it, since to read these frames is a good part of what an upload takes of a
+// client: where a frame of the client's ends, unless that is too little, and within a long one after so much.
+const (
+	leastRefill = 4 << 10
+	refill      = 256 << 10
+)
 
 // An inflow is a window that the client may fill, and what it has filled of it and was not given back.
 type inflow struct{ left, owed int }
@@ -50,7 +54,7 @@ func (c *conn) data(h header, payload []byte) error {
 		s.received += h.length - padding
 	}
 	c.arriving = &arrival{s, h.length - len(payload), h.has(flagEndStream)}
-	return c.give(s, len(payload))
+	return c.give(s, len(payload), leastRefill)
 }
 
 // arrived takes as much of a DATA frame as there is, if that is what comes.
@@ -62,27 +66,27 @@ func (c *conn) arrived(available int) (int, error) {
 	n := min(a.left, available)
 	a.left -= n
 	if a.left > 0 {
-		return n, c.give(a.stream, n)
+		return n, c.give(a.stream, n, refill)
 	}
 	c.arriving = nil
 	if a.stream != nil && a.last {
 		c.finish(a.stream)
 	}
-	return n, c.give(a.stream, n)
+	return n, c.give(a.stream, n, leastRefill)
 }
 
-// give gives back what DATA has taken of the windows: of both if it is time for one, as they go out together then. A
-// stream that has ended needs none.
-func (c *conn) give(s *stream, n int) error {
+// give gives back what DATA has taken of the windows, if that is enough for one: of both, as they go out together then.
+// A stream that has ended needs none.
+func (c *conn) give(s *stream, n int, enough int) error {
 	if err := c.receive.take(n); err != nil {
 		return err
 	}
-	due := c.receive.owed >= refill
+	due := c.receive.owed >= enough
 	if s != nil {
 		if err := s.receive.take(n); err != nil {
 			return err
 		}
-		due = due || s.receive.owed >= refill
+		due = due || s.receive.owed >= enough
 	}
 	if !due {
 		return nil

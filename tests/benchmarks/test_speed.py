@@ -23,7 +23,7 @@ from benchmarks.candidates import CANDIDATES
 from benchmarks.codec import CANDIDATES as CODECS
 from benchmarks.compare import compare, source
 from benchmarks.measure import IMPORTED, ROOT, TOO_SLOW, Setting, hot_functions
-from benchmarks.page import PLOTS, TEMPLATE, key, write_page
+from benchmarks.page import PLOTS, TEMPLATE, amended, key, write_page
 from benchmarks.plan import CASES, FIGURES, Case, Figure, Value, is_orientation
 from benchmarks.report import measure, records, tables, verdicts
 from benchmarks.server import Kit, Placement, prepare
@@ -352,3 +352,26 @@ def test_the_relay_is_as_slow_as_it_is_asked_to_be() -> None:
             assert relay.stdin is not None
             relay.stdin.close()
             assert relay.wait(20) == 0
+
+
+def test_what_was_measured_again_takes_the_place_of_what_was_before() -> None:
+    def run(commit: str, **numbers: float) -> dict[str, Any]:
+        return {
+            "about": {"commit": commit, "when": "2026-01-01T00:00:00", "rounds": 5},
+            "cases": {name: {"seconds": 1} for name in numbers},
+            "results": {"pinned": {name: {"h2keep": [{"mib_per_second": value}]} for name, value in numbers.items()}},
+            "failures": {"pinned": {name: {"httpx": commit} for name in numbers}},
+            "profiles": {f"{name} h2keep": commit for name in numbers},
+            "unavailable": {},
+        }
+
+    before, after = run("a" * 40, upload=1.0, download=2.0), run("b" * 40, upload=3.0)
+    del after["failures"]["pinned"]["upload"]
+    whole = amended([before, after])
+    assert whole["results"]["pinned"] == after["results"]["pinned"] | {
+        "download": before["results"]["pinned"]["download"]
+    }
+    assert whole["failures"]["pinned"] == {"download": {"httpx": "a" * 40}}
+    assert whole["profiles"] == {"upload h2keep": "b" * 40, "download h2keep": "a" * 40}
+    assert whole["again"] == [(after["about"], ["upload"])]
+    assert amended([before])["results"] == before["results"]
