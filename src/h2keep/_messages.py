@@ -283,7 +283,7 @@ class BaseClient:
         extensions: Mapping[str, Any] | None = None,
     ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's head, its body and its timeouts."""
-        if extensions or params or (headers and type(headers) is not dict):
+        if extensions or params or not (type(headers) is dict or headers == ()):
             known = self._look_at(method, url, params, headers, extensions)
         else:
             known = self._look_up(method, url, headers)

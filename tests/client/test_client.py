@@ -177,6 +177,15 @@ async def test_headers_that_are_none_are_refused_each_time(client: h2keep.AsyncC
             await client.get("https://example.com/", headers=headers)
 
 
+@pytest.mark.parametrize("headers", [None, 0, 0.0])
+async def test_headers_that_are_none_are_refused_although_the_rest_is_known(
+    client: h2keep.AsyncClient, headers: Any
+) -> None:
+    client._prepare("GET", "https://example.com/")
+    with pytest.raises(TypeError, match="neither a mapping nor pairs"):
+        await client.get("https://example.com/", headers=headers)
+
+
 async def test_without_a_body_the_head_ends_the_stream(server: RawServer, client: h2keep.AsyncClient) -> None:
     server.serve(answering())
     await client.post(server.url)

@@ -455,8 +455,7 @@ class Http2Connection:
                 self.driver.wake_writer()
             elif ended and protocol.open_streams:
                 self.driver.expect_requests()
-            if protocol.deadline_moved:
-                self._check_timer()
+            self._check_timer()
         if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()
         while self._hooked:
