@@ -107,7 +107,7 @@ def test_one_module_knows_each_codec_and_one_more_knows_hpack() -> None:
         "h2": {"h2_engine.py"},
         "hyperframe": {"h2_engine.py"},
         "hpack": {"h2_engine.py", "hpack_memory.py"},
-        "ngh2": {"ngh2_engine.py"},
+        "ngh2": {"ngh2_blocks.py"},
     }
     for path in MODULES:
         for codec in _roots(path) & codecs.keys():

@@ -532,7 +532,7 @@ def test_settings_that_nobody_knows_are_not_kept() -> None:
     pair.run(0.1)
     assert pair.client.max_streams == 7
     engine: Any = pair.client._engine
-    codec = engine._h2 if isinstance(engine, H2Engine) else engine._session
+    codec = engine._h2 if isinstance(engine, H2Engine) else engine._blocks._session
     assert len(codec.remote_settings) < 10
 
 

@@ -1,4 +1,4 @@
-"""What ngh2_engine.py relies on and ngh2 doesn't promise. Run these before widening the range in pyproject.toml."""
+"""What ngh2_blocks.py relies on and ngh2 doesn't promise. Run these before widening the range in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ngh2
 import pytest
 from hyperframe import frame as frames
 
-from h2keep.protocol import ngh2_engine
+from h2keep.protocol import ngh2_blocks
 from support.pair import REQUEST, parse_frames
 
 ENGINES = ["ngh2"]
@@ -32,8 +32,8 @@ OK = (b":status", b"200")
 
 @pytest.fixture
 def session() -> ngh2.Connection:
-    session = ngh2.Connection(ngh2.Role.CLIENT, ngh2_engine._CONFIGURATION)
-    session.initiate_connection(ngh2_engine._SETTINGS_WITHIN)
+    session = ngh2.Connection(ngh2.Role.CLIENT, ngh2_blocks._CONFIGURATION)
+    session.initiate_connection(ngh2_blocks._SETTINGS_WITHIN)
     session.set_local_window_size(2**31 - 1)
     session.data_to_send()
     session.receive_data(SETTINGS + b"\0\0\0\x04\1\0\0\0\0")
@@ -200,8 +200,8 @@ def test_a_head_of_any_length_is_sent(session: ngh2.Connection) -> None:
 def test_only_versions_that_are_known_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("0.3.0", "0.3.99"):
         monkeypatch.setattr(ngh2, "__version__", version)
-        ngh2_engine._check_version()
+        ngh2_blocks._check_version()
     for version in ("0.2.9", "0.4.0", "1.0.0"):
         monkeypatch.setattr(ngh2, "__version__", version)
         with pytest.raises(ImportError, match=rf"works with ngh2 0\.3, not with {version}"):
-            ngh2_engine._check_version()
+            ngh2_blocks._check_version()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import hpack
 import pytest
 from hyperframe import frame as frames
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import h2keep
 import h2keep.httpx
@@ -18,6 +20,7 @@ from h2keep.protocol import events
 from h2keep.protocol.engines import engine_named
 from h2keep.protocol.h2_engine import H2Engine
 from h2keep.protocol.ngh2_engine import Ngh2Engine
+from protocol.test_fuzz import FUZZ
 from support.pair import REQUEST, Pair, parse_frames
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 ENGINES = ["ngh2"]
 OFF = Keepalive(read_idle_timeout=None)
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 FRONT_DOORS: list[Callable[..., Any]] = [
     h2keep.AsyncClient,
     h2keep.Client,
@@ -81,7 +85,8 @@ def test_nobody_gets_it_unasked() -> None:
 def test_without_the_package_the_front_doors_say_what_to_install(
     front_door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "h2keep.protocol.ngh2_engine")
+    for module in ("h2keep.protocol.ngh2_engine", "h2keep.protocol.ngh2_blocks"):
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "ngh2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'h2keep\[fast\]'") as info:
         front_door(engine="ngh2")
@@ -92,7 +97,8 @@ def test_without_the_package_the_front_doors_say_what_to_install(
 def test_a_version_that_nobody_tried_is_refused_at_the_front_doors(
     front_door: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "h2keep.protocol.ngh2_engine")
+    for module in ("h2keep.protocol.ngh2_engine", "h2keep.protocol.ngh2_blocks"):
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr("ngh2.__version__", "0.9.0")
     with pytest.raises(ImportError, match=r"not with 0\.9\.0: pip install 'h2keep\[fast\]'"):
         front_door(engine="ngh2")
@@ -125,6 +131,161 @@ def test_requests_that_were_never_sent_leave_gaps_and_nothing_else() -> None:
     pair.run(0.1)
     assert [pair.client.read(stream_id, pair.now) for stream_id in (kept, later)] == [b"body", b"body"]
     assert len(pair.happened(events.StreamEnded)) == 2
+
+
+class Heads(Silent):
+    """A handler that keeps all heads and bodies' lengths that are malformed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads: list[Any] = []
+        self.errors: list[int] = []
+
+    def on_response(self, stream_id: int, status: int, headers: Any, end_stream: bool) -> None:
+        self.heads.append((stream_id, status, headers))
+
+    def on_informational(self, stream_id: int, status: int, headers: Any) -> None:
+        self.heads.append((stream_id, status, headers))
+
+    def on_stream_error(self, stream_id: int, error_code: int, error: Exception) -> None:
+        self.errors.append(stream_id)
+
+
+def head(stream_id: int, block: bytes, *flags: str) -> bytes:
+    return frames.HeadersFrame(stream_id, data=block, flags=["END_HEADERS", *flags]).serialize()
+
+
+def data(stream_id: int, body: bytes) -> bytes:
+    return frames.DataFrame(stream_id, data=body, flags=["END_STREAM"]).serialize()
+
+
+NAMES = [b"a", b"server", b"x-request-id", b"authorization", b"cookie", b"content-length", b"proxy-authorization"]
+VALUES = [b"", b"1", b"22", b"longer than that" * 3, b"\xff" * 200]
+FIELDS = st.lists(st.tuples(st.sampled_from(NAMES[:5] + NAMES[6:]), st.sampled_from(VALUES)), max_size=4)
+LENGTH = st.sampled_from([[], [(b"content-length", b"0")], [(b"content-length", b"123456789012345678")]])
+TABLE_SIZES = st.sampled_from([0, 40, 200, 4_096, 65_536])
+
+
+@settings(FUZZ, max_examples=200)
+@given(st.lists(st.one_of(st.tuples(FIELDS, LENGTH, st.booleans()), TABLE_SIZES), max_size=30))
+def test_what_is_remembered_of_requests_is_what_a_peer_decodes(moves: list[Any]) -> None:
+    """Whatever was sent before, and whatever the peer did to the size of the table."""
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    engine.receive(SETTINGS)
+    engine.drain()
+    decoder = hpack.Decoder(2**20)
+    stream_id = 1
+    for move in moves:
+        if isinstance(move, int):
+            engine.receive(b"\0\0\6\4\0\0\0\0\0\0\1" + move.to_bytes(4, "big"))
+            decoder.max_allowed_table_size = min(move, 4_096)
+            continue
+        fields, length, trailers = move
+        parts = parsed(engine.send_request(stream_id, [*REQUEST, *fields, *length], end_stream=not trailers))
+        assert list(decoder.decode(parts[0].data, raw=True)) == [*REQUEST, *fields, *length]
+        if trailers:
+            parts = parsed(engine.send_trailers(stream_id, fields))
+            assert list(decoder.decode(parts[0].data, raw=True)) == fields
+        stream_id += 2
+
+
+@settings(FUZZ, max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(FIELDS, LENGTH, st.sampled_from(["", "early hints", "trailers", "nobody waits"]), st.booleans()),
+            TABLE_SIZES,
+        ),
+        max_size=30,
+    )
+)
+def test_what_is_remembered_of_responses_is_what_the_peer_said(moves: list[Any]) -> None:
+    """Whatever was said before, by whatever kinds of block, and whatever sizes the peer gives its table."""
+    handler = Heads()
+    engine = Ngh2Engine(handler, initial_window=65_535, connection_window=65_536)
+    engine.receive(SETTINGS)
+    encoder = hpack.Encoder()
+    stream_id = 1
+    for move in moves:
+        if isinstance(move, int):
+            encoder.header_table_size = min(move, 4_096)
+            continue
+        fields, length, kind, head_only = move
+        method = b"HEAD" if head_only else b"GET"
+        engine.send_request(stream_id, [(b":method", method), *REQUEST[1:]], end_stream=True)
+        expected = []
+        if kind == "nobody waits":
+            engine.send_reset(stream_id, 8)
+        if kind == "early hints":
+            engine.receive(head(stream_id, encoder.encode([(b":status", b"103"), *fields])))
+            expected.append((stream_id, 103, fields))
+        engine.receive(head(stream_id, encoder.encode([(b":status", b"200"), *fields, *length])))
+        if kind != "nobody waits":
+            expected.append((stream_id, 200, [*fields, *length]))
+        assert handler.heads[len(handler.heads) - len(expected) :] == expected
+        if kind == "trailers":
+            trailers = head(stream_id, encoder.encode([*fields, (b"t", b"1")]), "END_STREAM")
+            engine.receive(trailers)
+            bodiless = head_only or not length or length[0][1] == b"0"
+            assert (handler.errors[-1:] != [stream_id]) is bodiless
+            if bodiless:
+                assert handler.trailers[-1] == [*fields, (b"t", b"1")]
+        elif kind != "nobody waits":
+            engine.receive(data(stream_id, b""))
+        stream_id += 2
+    assert engine._streams == {}
+
+
+def test_what_is_remembered_is_bounded_and_starts_again() -> None:
+    handler = Heads()
+    engine = Ngh2Engine(handler, initial_window=65_535, connection_window=65_536)
+    engine.receive(SETTINGS)
+    for number in range(600):
+        stream_id = 2 * number + 1
+        # Never indexed, so that the table stands still (RFC 7541, section 6.2.3).
+        engine.send_request(stream_id, [*REQUEST, (b"authorization", b"%03d" % number)], end_stream=True)
+        engine.receive(head(stream_id, b"\x88\x10\1n\3%03d" % number))
+        engine.receive(data(stream_id, b""))
+        assert handler.heads[-1] == (stream_id, 200, [(b"n", b"%03d" % number)])
+    assert 0 < len(engine._blocks.responses) <= 256
+    assert 0 < len(engine._blocks._requests) <= 256
+    assert not any(len(block) > 1_024 for block in engine._blocks.responses)
+
+
+def test_what_the_application_does_to_a_responses_fields_is_not_remembered() -> None:
+    handler = Heads()
+    engine = Ngh2Engine(handler, initial_window=65_535, connection_window=65_536)
+    engine.receive(SETTINGS)
+    for stream_id in (1, 3, 5):
+        engine.send_request(stream_id, REQUEST, end_stream=True)
+        engine.receive(head(stream_id, b"\x88\x10\1n\1v"))
+        assert handler.heads[-1] == (stream_id, 200, [(b"n", b"v")])
+        handler.heads[-1][2].clear()
+
+
+def test_a_remembered_response_is_held_to_its_declared_length() -> None:
+    handler = Heads()
+    engine = Ngh2Engine(handler, initial_window=65_535, connection_window=65_536)
+    engine.receive(SETTINGS)
+    for stream_id, body in ((1, b"abc"), (3, b"abc"), (5, b"ab"), (7, b"abcd"), (9, b"abc")):
+        engine.send_request(stream_id, REQUEST, end_stream=True)
+        engine.receive(head(stream_id, b"\x88\x0f\x0d\x013") + data(stream_id, body))
+    assert handler.errors == [5, 7]
+    assert len(handler.heads) == 5
+
+
+@pytest.mark.parametrize("size", [4_096, 100])
+def test_a_table_size_is_announced_once(size: int) -> None:
+    """Go's decoder refuses a second announcement unless its table is empty."""
+    engine = Ngh2Engine(Silent(), initial_window=65_535, connection_window=65_536)
+    engine.drain()
+    fields = [*REQUEST, (b"a", b"b")]
+    engine.send_request(1, fields, end_stream=True)
+    engine.receive(SETTINGS + b"\0\0\6\4\0\0\0\0\0\0\1" + size.to_bytes(4, "big"))
+    block = parsed(engine.send_request(3, fields, end_stream=True))[0].data
+    assert block[0] & 0xE0 == 0x20
+    announced = 2 if size < 31 + 128 else 3
+    assert block[announced] & 0xE0 != 0x20
 
 
 def test_proxy_authorization_is_never_indexed() -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "WINDOW_UPDATE",
     "data_run",
     "frame_header",
+    "header_frames",
     "objection_to_greeting",
     "parse_on",
     "unpack_header",
@@ -62,6 +63,20 @@ unpack_header = _HEADER.unpack_from
 def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """A frame up to its payload."""
     return _HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
+
+
+def header_frames(stream_id: int, block: bytes, end_stream: bool) -> bytes:
+    """HEADERS and, unbroken, the CONTINUATIONs that the block needs (K5)."""
+    flags = END_STREAM if end_stream else 0
+    size = MAX_FRAME_SIZE
+    if len(block) <= size:
+        return frame_header(len(block), HEADERS, flags | END_HEADERS, stream_id) + block
+    parts = [frame_header(size, HEADERS, flags, stream_id), block[:size]]
+    for start in range(size, len(block), size):
+        part = block[start : start + size]
+        last = start + size >= len(block)
+        parts += [frame_header(len(part), CONTINUATION, END_HEADERS if last else 0, stream_id), part]
+    return b"".join(parts)
 
 
 def data_run(data: bytes, start: int, stop: int, room: int) -> tuple[bytes, int]:

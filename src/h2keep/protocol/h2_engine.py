@@ -55,6 +55,7 @@ from h2keep.protocol.framing import (
     WINDOW_UPDATE,
     data_run,
     frame_header,
+    header_frames,
     objection_to_greeting,
     parse_on,
     unpack_header,
@@ -448,28 +449,14 @@ class H2Engine:
         stream.request_method = headers[0][1]
         if end_stream:
             stream.state_machine.process_input(_SEND_END)
-        return self._header_frames(stream_id, headers, end_stream)
+        return header_frames(stream_id, self._encoder.block(headers), end_stream)
 
     def send_trailers(self, stream_id: int, headers: Headers) -> bytes:
         machine = self._streams[stream_id].state_machine
         machine.process_input(_SEND_HEADERS)
         machine.process_input(_SEND_END)
         self._tidy(stream_id)
-        return self._header_frames(stream_id, headers, end_stream=True)
-
-    def _header_frames(self, stream_id: int, headers: Headers, end_stream: bool) -> bytes:
-        """HEADERS and, unbroken, the CONTINUATIONs that it needs (K5)."""
-        block = self._encoder.block(headers)
-        size = MAX_FRAME_SIZE
-        flags = END_STREAM if end_stream else 0
-        if len(block) <= size:
-            return frame_header(len(block), HEADERS, flags | END_HEADERS, stream_id) + block
-        parts = [frame_header(size, HEADERS, flags, stream_id), block[:size]]
-        for start in range(size, len(block), size):
-            part = block[start : start + size]
-            last = start + size >= len(block)
-            parts += [frame_header(len(part), CONTINUATION, END_HEADERS if last else 0, stream_id), part]
-        return b"".join(parts)
+        return header_frames(stream_id, self._encoder.block(headers), end_stream=True)
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:
         stream = self._streams[stream_id]
