@@ -2,7 +2,8 @@
 
 Most requests on a connection have the same fields, and so have most responses. As long as the dynamic table stands
 still, equal fields make equal blocks and equal blocks make equal fields, so both directions are looked up before they
-are worked out. `_Table` knows when that stops being true.
+are worked out. `_Table` knows when that stops being true. It would always be moving where each request has a path, or
+an id, of its own; so values of names of which no value comes again are not put into it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import hpack
+from hpack.hpack import INDEX_INCREMENTAL, INDEX_NONE
+from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
 from hpack.table import HeaderTable
 
 if TYPE_CHECKING:
@@ -22,8 +25,12 @@ _MOST = 256
 _LONGEST = 1_024
 # A larger table, though the peer may allow it, costs more in hpack's linear search than it saves in bytes.
 _LARGEST_TABLE = 4_096
-# Beyond this many bytes hpack's Huffman coding, quadratic in a value's length, costs more time than it saves.
+# Beyond this many bytes Huffman coding costs more time than it saves.
 _LONGEST_HUFFMAN = 4_096
+# Of a name's values so many in a row may go into the table without one of them coming again. After these it is tried
+# with one in so many.
+_TRIALS = 3
+_TRY_AGAIN = 32
 # Fields whose values could be guessed if they shared a table with an attacker's (RFC 7541, section 7.1.3), as h2,
 # nghttp2 and Firefox choose them; of cookies those shorter than this.
 _SECRET = frozenset({b"authorization", b"proxy-authorization"})
@@ -39,6 +46,13 @@ class _Table(HeaderTable):
         self.changes += 1
         super().add(name, value)
 
+    def search(self, name: bytes, value: bytes) -> tuple[int, bytes, bytes | None] | None:
+        static = self.STATIC_TABLE_MAPPING.get(name)
+        if static is None or value in static[1] or (name, value) in self.dynamic_entries:
+            return super().search(name, value)
+        # hpack would go through the table step by step to find nothing better.
+        return static[0], name, None
+
     @property
     def maxsize(self) -> int:
         return super().maxsize
@@ -49,14 +63,35 @@ class _Table(HeaderTable):
         HeaderTable.maxsize.fset(self, newmax)  # type: ignore[attr-defined]
 
 
+class _HuffmanCoder:
+    """In the place of hpack's, which takes a step of arithmetic with large numbers for each byte."""
+
+    _CODES = tuple(f"{code:0{length}b}" for code, length in zip(REQUEST_CODES, REQUEST_CODES_LENGTH, strict=True))
+
+    def encode(self, data: bytes) -> bytes:
+        """RFC 7541, section 5.2."""
+        bits = "".join(map(self._CODES.__getitem__, data))
+        padding = -len(bits) % 8
+        return int(bits + "1" * padding, 2).to_bytes((len(bits) + padding) // 8) if bits else b""
+
+
 class Encoder(hpack.Encoder):
     """An encoder for `h2.connection.H2Connection.encoder`."""
 
+    huffman_coder: Any
+
     def __init__(self) -> None:
         super().__init__()
+        self.huffman_coder = _HuffmanCoder()
         self.header_table: _Table = _Table()
+        # While the table stands still: blocks, and what fields of those became, but for those that are not to be
+        # remembered.
         self._blocks: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
+        self._parts: dict[tuple[bytes, bytes], bytes] = {}
         self._changes = 0
+        # What was put into the table and didn't come again yet; and by name, how many in a row didn't.
+        self._untried: set[tuple[bytes, bytes]] = set()
+        self._missed: dict[bytes, int] = {}
 
     @property
     def header_table_size(self) -> int:
@@ -75,25 +110,72 @@ class Encoder(hpack.Encoder):
 
     def block(self, fields: Headers) -> bytes:
         """The fields as a header block."""
-        table = self.header_table
-        if table.changes != self._changes:
+        if self.header_table.changes != self._changes:
             self._forget()
         key = tuple(fields)
         known = self._blocks.get(key)
         if known is not None:
             return known
-        # A table that was resized is announced in the next block, and in that one alone.
-        resized = bool(self.table_size_changes)
-        table.resized = resized
-        encoded = self.encode(_indexable(fields), huffman=sum(len(value) for _, value in fields) <= _LONGEST_HUFFMAN)
-        if table.changes != self._changes:
-            self._forget()
-        elif len(self._blocks) < _MOST and not resized:
+        parts = []
+        if self.table_size_changes:
+            # Announced in the next block, and in that one alone.
+            parts.append(self._encode_table_size_change())
+        remembered, before, lasting = self._parts, self._changes, not parts
+        for field in fields:
+            part = remembered.get(field)
+            if part is None:
+                part = self._part(field)
+                lasting = lasting and field in remembered
+            parts.append(part)
+        encoded = b"".join(parts)
+        if lasting and self._changes == before and len(self._blocks) < _MOST:
             self._blocks[key] = encoded
         return encoded
 
+    def _part(self, field: tuple[bytes, bytes]) -> bytes:
+        """One field of a block."""
+        name, value = field
+        huffman = len(value) <= _LONGEST_HUFFMAN
+        if _is_secret(name, value):
+            return self._remember(field, self.add(field, True, huffman))
+        index, _, found = self.header_table.search(name, value) or (0, name, None)
+        if found is not None:
+            if field in self._untried:
+                self._untried.discard(field)
+                self._missed[name] = 0
+            return self._remember(field, self._encode_indexed(index))
+        kind = INDEX_INCREMENTAL if self._is_worth_indexing(field) else INDEX_NONE
+        if index:
+            part = self._encode_indexed_literal(index, value, kind, huffman)
+        else:
+            part = self._encode_literal(name, value, kind, huffman)
+        if kind is INDEX_INCREMENTAL:
+            self.header_table.add(name, value)
+            self._forget()
+        return part
+
+    def _is_worth_indexing(self, field: tuple[bytes, bytes]) -> bool:
+        name = field[0]
+        missed = self._missed.get(name, 0)
+        if len(self._missed) >= _MOST:
+            self._missed.clear()
+        self._missed[name] = missed + 1
+        if missed >= _TRIALS and missed % _TRY_AGAIN:
+            return False
+        if len(self._untried) >= _MOST:
+            self._untried.clear()
+        self._untried.add(field)
+        return True
+
+    def _remember(self, field: tuple[bytes, bytes], part: bytes) -> bytes:
+        if len(self._parts) >= _MOST:
+            self._parts.clear()
+        self._parts[field] = part
+        return part
+
     def _forget(self) -> None:
         self._blocks.clear()
+        self._parts.clear()
         self._changes = self.header_table.changes
 
 
@@ -131,16 +213,6 @@ class Decoder(hpack.Decoder):
         elif len(self._blocks) < _MOST and len(block) <= _LONGEST:
             self._blocks[block] = decoded
         return decoded
-
-
-def _indexable(fields: Headers) -> Headers:
-    """Keep secrets out of the table."""
-    if any(_is_secret(name, value) for name, value in fields):
-        return [
-            hpack.NeverIndexedHeaderTuple(name, value) if _is_secret(name, value) else (name, value)
-            for name, value in fields
-        ]
-    return fields
 
 
 def _is_secret(name: bytes, value: bytes) -> bool:
