@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import h2.config
 import h2.connection
 import h2.events
@@ -9,15 +11,21 @@ import h2.exceptions
 import h2.settings
 import h2.stream
 import h2.utilities
+import h2.windows
 import hpack
 import pytest
 from hpack.table import HeaderTable
 from hyperframe import frame as frames
+from hypothesis import given
+from hypothesis import strategies as st
 
+from h2keep.protocol import h2_engine
 from h2keep.protocol.hpack_memory import Decoder, Encoder
 
 ENGINES = ["h2"]
 State = h2.connection.ConnectionState
+_NAMES = [b":path", b":method", b"authorization", b"cookie", b"a", b"b"]
+_VALUES = [b"", b"/", b"GET", *(b"%d" % number for number in range(10)), b"x" * 30, b"y" * 300]
 REQUEST = [(b":method", b"GET"), (b":authority", b"a"), (b":scheme", b"https"), (b":path", b"/")]
 
 
@@ -89,6 +97,33 @@ def test_streams_are_made_by_begin_new_stream_with_both_initial_windows() -> Non
     stream.state_machine.process_input(h2.stream.StreamInputs.SEND_END_STREAM)
     assert stream.open
     assert not stream.closed
+
+
+def test_a_stream_that_is_three_things_in_one_begins_as_h2_has_it() -> None:
+    connection = h2.connection.H2Connection(h2_engine._CONFIG)
+    connection.local_settings = h2.settings.Settings(
+        client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 100_000}
+    )
+    theirs = connection._begin_new_stream(5, h2.connection.AllowedStreamIDs.ODD)
+    theirs.request_method = b"GET"
+    ours = h2_engine._Stream(5, b"GET", 100_000, 65_535)
+    theirs.state_machine.process_input(h2.stream.StreamInputs.SEND_HEADERS)
+    for part in (theirs, theirs.state_machine, theirs._inbound_window_manager):
+        for name in vars(part).keys() - {"state_machine", "_inbound_window_manager", "max_outbound_frame_size"}:
+            assert getattr(ours, name) == getattr(part, name), name
+    assert ours.state_machine is ours
+    assert ours._inbound_window_manager is ours
+
+
+def test_the_three_share_no_name_but_one_that_the_state_machine_has_in_its_table_alone() -> None:
+    parts = (h2.stream.H2Stream, h2.stream.H2StreamStateMachine, h2.windows.WindowManager)
+    names = [name for part in parts for name in vars(part) if not name.startswith("__")]
+    shared = {name for name in names if names.count(name) > 1}
+    assert shared == {"stream_reset"}
+    machine = h2.stream.H2StreamStateMachine
+    assert machine.stream_reset in [function for function, _ in h2.stream._transitions.values()]
+    methods = [method for method in vars(machine).values() if inspect.isfunction(method)]
+    assert not any("stream_reset" in method.__code__.co_names for method in methods)
 
 
 def test_a_closed_stream_says_how_it_was_closed(client: h2.connection.H2Connection) -> None:
@@ -219,6 +254,73 @@ def test_the_smallest_and_the_last_size_of_the_table_are_announced(sizes: list[i
     block = encoder.block([(b":status", b"200")])
     assert block == prefix + b"\x88"
     assert encoder.block([(b":status", b"200")]) == b"\x88"  # once
+
+
+def _indexed(encoder: Encoder, decoder: Decoder, field: tuple[bytes, bytes]) -> bool:
+    """Encode a block with the field in it; whether that put the field into the table."""
+    before = encoder.header_table.changes
+    fields = [(b":method", b"POST"), (b":path", b"/"), field, (b"user-agent", b"x")]
+    assert decoder.fields(encoder.block(fields)).fields == fields
+    assert decoder.header_table.dynamic_entries == encoder.header_table.dynamic_entries
+    return encoder.header_table.changes > before
+
+
+@pytest.mark.parametrize("name", [b":path", b"content-length", b"request-id"])
+def test_values_that_never_come_again_are_soon_kept_out_of_the_table(name: bytes) -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    _indexed(encoder, decoder, (b"x", b"x"))
+    indexed = [_indexed(encoder, decoder, (name, b"%d" % number)) for number in range(100)]
+    assert indexed == [number < 3 or number % 32 == 0 for number in range(100)]
+    assert len(encoder._blocks) <= 1
+    assert not any(value.isdigit() for _, value in encoder._parts)
+
+
+def test_values_that_do_come_again_find_their_way_into_the_table() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    for number in range(50):
+        _indexed(encoder, decoder, (b":path", b"/once/%d" % number))
+    often = [(b":path", b"/often/%d" % number) for number in range(8)]
+    for _ in range(20):
+        for field in often:
+            _indexed(encoder, decoder, field)
+    assert not any(_indexed(encoder, decoder, field) for field in often)
+    assert set(often) <= set(encoder.header_table.dynamic_entries)
+
+
+def test_what_is_kept_out_of_the_table_leaves_what_is_known_as_it_is() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    common = [(b":method", b"GET"), (b":path", b"/common")]
+    for number in range(10):
+        _indexed(encoder, decoder, (b":path", b"/once/%d" % number))
+        block = encoder.block(common)
+        assert decoder.fields(block).fields == common
+    assert not _indexed(encoder, decoder, (b":path", b"/once/more"))
+    assert encoder.block(common) is block
+
+
+def test_what_the_encoder_remembers_is_bounded() -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    for number in range(2_000):
+        fields = [(b"n%d" % number, b"x"), (b"authorization", b"%d" % number), (b"m", b"%d" % number)]
+        assert decoder.fields(encoder.block(fields)).fields == fields
+        fields = [(b"authorization", b"%d" % number)]
+        assert decoder.fields(encoder.block(fields)).fields == fields
+    for memory in (encoder._blocks, encoder._parts, encoder._untried, encoder._missed):
+        assert len(memory) <= 256
+
+
+@given(st.binary(max_size=200))
+def test_strings_are_huffman_coded_as_by_hpack(data: bytes) -> None:
+    assert Encoder().huffman_coder.encode(data) == hpack.Encoder().huffman_coder.encode(data)
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from(_NAMES), st.sampled_from(_VALUES)), max_size=5), max_size=40))
+def test_a_decoder_understands_whatever_was_decided_about_the_table(blocks: list[list[tuple[bytes, bytes]]]) -> None:
+    encoder, decoder = Encoder(), Decoder(65_536)
+    encoder.header_table_size = decoder.max_allowed_table_size = 200
+    for fields in blocks:
+        assert decoder.fields(encoder.block(fields)).fields == fields
+        assert decoder.header_table.dynamic_entries == encoder.header_table.dynamic_entries
 
 
 @pytest.mark.parametrize("name", [b"authorization", b"proxy-authorization", b"cookie"])

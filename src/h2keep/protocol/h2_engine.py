@@ -11,7 +11,8 @@ sharp edges, for a client that outlives trouble, are dulled:
   length is reported as credit); h2 would answer each with one more RST_STREAM.
 * A malformed response ends its stream, not the connection (RFC 9113, section 8.1.1).
 * h2 counts open streams by walking them on every request, formats every received frame for a trace log that nobody
-  reads, and validates equal headers again and again. None of it happens here.
+  reads, validates equal headers again and again, and makes three objects a stream, which the garbage collector goes
+  through while a request waits. None of it happens here.
 
 Much of this leans on attributes that h2 doesn't document: the version range in pyproject.toml is what the contract
 tests in tests/protocol/test_h2_contract.py passed on.
@@ -28,6 +29,7 @@ import h2.exceptions
 import h2.settings
 import h2.stream
 import h2.utilities
+import h2.windows
 import hpack
 import hyperframe.exceptions
 from hyperframe import frame as frames
@@ -80,6 +82,49 @@ _BY_RESET = (h2.stream.StreamClosedBy.SEND_RST_STREAM, h2.stream.StreamClosedBy.
 #: The states in which a response comes.
 _RECEIVING = (_OPEN, h2.stream.StreamState.HALF_CLOSED_LOCAL)
 
+_CONFIG = h2.config.H2Configuration(
+    client_side=True,
+    header_encoding=None,
+    # What goes out is checked once, in headers.py; what comes in, by `_validate`.
+    validate_outbound_headers=False,
+    normalize_outbound_headers=False,
+    validate_inbound_headers=False,
+    normalize_inbound_headers=False,
+)
+
+
+class _Stream(  # type: ignore[misc]
+    h2.stream.H2Stream, h2.stream.H2StreamStateMachine, h2.windows.WindowManager
+):
+    """h2's stream, which is its own state machine and its own receive window, after a request's HEADERS."""
+
+    def __init__(self, stream_id: int, method: bytes, receive_window: int, send_window: int) -> None:
+        self.stream_id = stream_id
+        self.request_method = method
+        self.max_window_size = self.current_window_size = receive_window
+        self.outbound_flow_control_window = send_window
+
+    @property
+    def state_machine(self) -> _Stream:  # type: ignore[override]
+        return self
+
+    @property
+    def _inbound_window_manager(self) -> _Stream:  # type: ignore[override]
+        return self
+
+
+def _share_beginnings() -> None:
+    """What h2 gives every stream at its beginning becomes the class's: an object holds only what differs from that."""
+    stream = h2.stream.H2Stream(1, _CONFIG, 0, 0)
+    stream.state_machine.process_input(_SEND_HEADERS)
+    for part in (stream, stream.state_machine, stream._inbound_window_manager):  # noqa: SLF001
+        for name, value in vars(part).items():
+            if name not in vars(_Stream):
+                setattr(_Stream, name, value)
+
+
+_share_beginnings()
+
 
 class H2Engine:
     """An `Engine` on h2."""
@@ -98,24 +143,16 @@ class H2Engine:
         self.max_concurrent_streams: int | None = None
         self.max_frame_size = MAX_FRAME_SIZE
         self._h2 = self._configured(initial_window)
-        self._streams = self._h2.streams
+        self._streams = cast("dict[int, _Stream]", self._h2.streams)
+        self._receive_window = initial_window
+        self._send_window = self._h2.remote_settings.initial_window_size
         self._reset = ResetStreams()
         self._h2.initiate_connection()
         self._h2.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN
         self.send_window_update(0, connection_window - 65_535)
 
     def _configured(self, initial_window: int) -> h2.connection.H2Connection:
-        connection = h2.connection.H2Connection(
-            h2.config.H2Configuration(
-                client_side=True,
-                header_encoding=None,
-                # What goes out is checked once, in headers.py; what comes in, by `_validate`.
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-            )
-        )
+        connection = h2.connection.H2Connection(_CONFIG)
         codes = h2.settings.SettingCodes
         connection.local_settings = h2.settings.Settings(
             client=True,
@@ -203,14 +240,13 @@ class H2Engine:
         end_stream = bool(flags & END_STREAM)
         self._charge(length)
         stream = self._streams[stream_id]
-        machine = stream.state_machine
         try:
-            if machine.headers_received and machine.state in _RECEIVING:
+            if stream.headers_received and stream.state in _RECEIVING:
                 # What h2 does then, but for the event, which nobody reads.
-                stream._inbound_window_manager.window_consumed(length)  # noqa: SLF001
+                stream.window_consumed(length)
                 stream._track_content_length(len(body), end_stream)  # noqa: SLF001
                 if end_stream:
-                    machine.process_input(_RECV_END)
+                    stream.process_input(_RECV_END)
             else:
                 stream.receive_data(body, end_stream, length)
         except (h2.exceptions.FlowControlError, h2.exceptions.StreamClosedError) as error:
@@ -227,10 +263,10 @@ class H2Engine:
     def _room(self, stream_id: int) -> int:
         """How much DATA on the stream breaks no rule."""
         stream = self._streams[stream_id]
-        if not stream.state_machine.headers_received:
+        if not stream.headers_received:
             return 0
         room = min(
-            stream._inbound_window_manager.current_window_size,  # noqa: SLF001
+            stream.current_window_size,
             self._h2._inbound_flow_control_window_manager.current_window_size,  # noqa: SLF001
         )
         declared = stream._expected_content_length  # noqa: SLF001
@@ -280,9 +316,8 @@ class H2Engine:
         decoded = self._decode(block)
         end_stream = self._block_ends
         stream = self._streams[stream_id]
-        machine = stream.state_machine
-        if decoded.response and not (end_stream or machine.headers_received) and machine.state in _RECEIVING:
-            machine.process_input(_RECV_HEADERS)
+        if decoded.response and not (end_stream or stream.headers_received) and stream.state in _RECEIVING:
+            stream.process_input(_RECV_HEADERS)
             status, length = decoded.response
             stream._expected_content_length = 0 if stream.request_method == _HEAD else length  # noqa: SLF001
             self._handler.on_response(stream_id, status, decoded.fields[1:], False)
@@ -387,6 +422,7 @@ class H2Engine:
         code = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
         self.max_concurrent_streams = frame.settings.get(code, self.max_concurrent_streams)
         self.max_frame_size = self._h2.max_outbound_frame_size
+        self._send_window = self._h2.remote_settings.initial_window_size
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
@@ -423,9 +459,9 @@ class H2Engine:
     def _tidy(self, stream_id: int) -> None:
         """Drop a stream that is closed in both directions, as h2 would when it next walks them all."""
         stream = self._streams.get(stream_id)
-        if stream is not None and stream.state_machine.state is _CLOSED:
+        if stream is not None and stream.state is _CLOSED:
             del self._streams[stream_id]
-            if stream.closed_by in _BY_RESET:
+            if stream.stream_closed_by in _BY_RESET:
                 self._reset.add(stream_id)
 
     def _stream_error(self, stream_id: int, error: h2.exceptions.ProtocolError) -> None:
@@ -444,29 +480,29 @@ class H2Engine:
     # Sending
 
     def send_request(self, stream_id: int, headers: Headers, end_stream: bool) -> bytes:
-        stream = self._h2._begin_new_stream(stream_id, h2.connection.AllowedStreamIDs.ODD)  # noqa: SLF001
-        stream.state_machine.process_input(_SEND_HEADERS)
-        stream.request_method = headers[0][1]
+        stream = _Stream(stream_id, headers[0][1], self._receive_window, self._send_window)
+        self._streams[stream_id] = stream
+        self._h2.highest_outbound_stream_id = stream_id
         if end_stream:
-            stream.state_machine.process_input(_SEND_END)
+            stream.process_input(_SEND_END)
         return header_frames(stream_id, self._encoder.block(headers), end_stream)
 
     def send_trailers(self, stream_id: int, headers: Headers) -> bytes:
-        machine = self._streams[stream_id].state_machine
-        machine.process_input(_SEND_HEADERS)
-        machine.process_input(_SEND_END)
+        stream = self._streams[stream_id]
+        stream.process_input(_SEND_HEADERS)
+        stream.process_input(_SEND_END)
         self._tidy(stream_id)
         return header_frames(stream_id, self._encoder.block(headers), end_stream=True)
 
     def send_data(self, stream_id: int, data: bytes | memoryview, end_stream: bool) -> bytes:
         stream = self._streams[stream_id]
         length = len(data)
-        if stream.state_machine.state is not _OPEN:
-            stream.state_machine.process_input(_SEND_DATA)
+        if stream.state is not _OPEN:
+            stream.process_input(_SEND_DATA)
         stream.outbound_flow_control_window -= length
         self._h2.outbound_flow_control_window -= length
         if end_stream:
-            stream.state_machine.process_input(_SEND_END)
+            stream.process_input(_SEND_END)
             self._tidy(stream_id)
         return frame_header(length, DATA, END_STREAM if end_stream else 0, stream_id)
 
@@ -475,9 +511,9 @@ class H2Engine:
         self._tidy(stream_id)
 
     def forget(self, stream_id: int) -> None:
-        machine = self._streams[stream_id].state_machine
-        machine.state = h2.stream.StreamState.CLOSED
-        machine.stream_closed_by = h2.stream.StreamClosedBy.SEND_RST_STREAM
+        stream = self._streams[stream_id]
+        stream.state = _CLOSED
+        stream.stream_closed_by = h2.stream.StreamClosedBy.SEND_RST_STREAM
         self._tidy(stream_id)
 
     def send_ping(self, payload: bytes) -> None:
