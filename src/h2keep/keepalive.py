@@ -129,7 +129,7 @@ class KeepaliveTimer:
     __slots__ = (
         "_allowance", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
         "_keepalive_pings", "_least_interval", "_life_seen", "_looked_at", "_phase", "_random", "_share",
-        "_silent_since", "_spread", "_suspicion_pinged", "_verified_for", "_wake_at", "interval", "last_life",
+        "_silent_since", "_spread", "_suspicion_pinged", "_ticks", "_verified_for", "_wake_at", "interval", "last_life",
         "last_ping_at", "last_ping_purpose", "open_streams", "payload", "pings_acked", "pings_sent", "policy",
         "ready_at", "rtt_best", "rtt_last", "rtt_smoothed",
     )  # fmt: skip
@@ -164,9 +164,12 @@ class KeepaliveTimer:
         # Up to here there is no other unknown life.
         self._looked_at = now
         self._silent_since = now
-        self._share = random.random()
         self._least_interval = (1 - policy.jitter) * (self.interval or 0.0)
         self._spread = (self.interval or 0.0) - self._least_interval
+        # The silence's jittered interval: its place between the bounds, and its length in ticks.
+        self._share = 0.0
+        self._ticks = 0
+        self._use_share(random.random())
         self._judge_at = now
         self._extensions = 0
         self._allowance = 0.0
@@ -283,6 +286,7 @@ class KeepaliveTimer:
         self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
         self._least_interval = (1 - self.policy.jitter) * self.interval
         self._spread = self.interval - self._least_interval
+        self._use_share(self._share)
         self._take_in_life()
         self._arm_anew()
 
@@ -363,7 +367,9 @@ class KeepaliveTimer:
         if self._phase is _QUIET:
             if self._pings_silence() and now >= self._ping_due(self._silent_since):
                 self._ping(_IDLE, now)
-                verdict = _SEND_PING
+                # As `_arm_anew` has it.
+                self._wake_at = min(self._judge_at, self._ping_due(now))
+                return _SEND_PING
         elif now >= self._judge_at:
             verdict = self._judge(now)
         self._arm_anew()
@@ -404,7 +410,7 @@ class KeepaliveTimer:
         self._life_seen = False
         self._distrusted = False
         if self._phase is _QUIET:
-            self._share = self._random.random()
+            self._use_share(self._random.random())
         self._phase = _QUIET
         # The later of the two, lest life dated before a PING that it came after bring the next one too near (K16).
         self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
@@ -415,13 +421,18 @@ class KeepaliveTimer:
             return False
         return self.open_streams > 0 or (self.policy.while_idle and not self._going_away)
 
+    def _use_share(self, share: float) -> None:
+        """Choose a silence's jittered interval by its place between the bounds (K15)."""
+        self._share = share
+        if self._spread >= _ROOM_TO_ROUND:
+            self._ticks = math.ceil((self._least_interval + self._spread * share) * _TICKS)
+
     def _ping_due(self, silent_since: float) -> float:
         """When a silence will have lasted for the jittered interval (K15)."""
-        interval = self._least_interval + self._spread * self._share
         if self._spread < _ROOM_TO_ROUND:
-            return silent_since + interval
+            return silent_since + (self._least_interval + self._spread * self._share)
         # The begin is rounded by itself, so that how soon after a PING the answer came makes no difference.
-        due = silent_since * _TICKS // 1 + math.ceil(interval * _TICKS)
+        due = silent_since * _TICKS // 1 + self._ticks
         earliest = silent_since + self._least_interval
         if due < earliest * _TICKS:
             due = math.ceil(earliest * _TICKS)
@@ -496,7 +507,7 @@ class KeepaliveTimer:
         self._phase = _PINGED
         self._looked_at = now
         # That of the next silence, which begins after this.
-        self._share = self._random.random()
+        self._use_share(self._random.random())
         self._judge_at = now + self.policy.ping_timeout
         self._extensions = 0
         self._allowance = _UPLOAD_ALLOWANCE * self.policy.ping_timeout

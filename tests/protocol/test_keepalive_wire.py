@@ -11,8 +11,8 @@ from hyperframe import frame as frames
 
 from h2keep.errors import PingTimeout
 from h2keep.keepalive import Keepalive, PingPurpose
-from h2keep.protocol import events
-from support.pair import Pair, parse_frames
+from h2keep.protocol import Connection, events
+from support.pair import REQUEST, Pair, parse_frames
 
 DEFAULT = Keepalive(jitter=0.0)
 
@@ -360,3 +360,36 @@ def _play(choose: random.Random, seed: int) -> None:
     bound = max(began, silence_began + keepalive.read_idle_timeout) + keepalive.ping_timeout + 0.021
     assert began < pair.now <= bound
     assert pair.now >= (pair.client.keepalive.last_ping_at or 0) + keepalive.ping_timeout
+
+
+def _connection() -> Connection:
+    connection = Connection(DEFAULT, random.Random(1), 0.0)
+    connection.data_to_send(1 << 20, 0.0)
+    return connection
+
+
+def test_bytes_like_those_of_a_ping_ack_are_one_only_where_a_frame_may_begin() -> None:
+    ack = frames.PingFrame(0, b"12345678", flags=["ACK"]).serialize()
+    settings = frames.SettingsFrame(0).serialize()
+    head = frames.HeadersFrame(1, data=b"\x88", flags=["END_HEADERS"]).serialize()
+    data = frames.DataFrame(1, data=b"ab" + ack).serialize()
+    connection = _connection()
+    stream_id = connection.send_request(REQUEST, 0.0)
+    connection.data_to_send(1 << 20, 0.0)
+    for received in (settings, head, data[:11], ack, ack):
+        connection.receive_data(received, 1.0)
+    assert connection.read(stream_id, 1.0) == b"ab" + ack
+    assert not connection.closed
+
+
+def test_a_ping_ack_before_settings_or_within_a_header_block_ends_the_connection() -> None:
+    ack = frames.PingFrame(0, b"12345678", flags=["ACK"]).serialize()
+    connection = _connection()
+    connection.receive_data(ack, 1.0)
+    assert "its first frame is not SETTINGS" in str(connection.error)
+    connection = _connection()
+    connection.send_request(REQUEST, 0.0)
+    connection.data_to_send(1 << 20, 0.0)
+    for received in (frames.SettingsFrame(0).serialize(), frames.HeadersFrame(1, data=b"\x88").serialize(), ack):
+        connection.receive_data(received, 1.0)
+    assert "a header block was interrupted by another frame" in str(connection.error)

@@ -28,7 +28,7 @@ from h2keep.errors import (
     StreamReset,
     WriteTimeout,
 )
-from h2keep.keepalive import Keepalive, KeepaliveTimer, PingPurpose, RandomSource, Verdict
+from h2keep.keepalive import Keepalive, KeepaliveTimer, RandomSource, Verdict
 from h2keep.protocol import events
 from h2keep.protocol.alarms import Alarms
 from h2keep.protocol.engine import Engine, ErrorCode
@@ -134,7 +134,7 @@ class Connection:
 
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth calling."""
-        return self._control_queued or self._outbox.has_data()
+        return self._control_queued or (bool(self._streams) and self._outbox.has_data())
 
     def data_to_send(self, limit: int, now: float) -> bytes:
         """About `limit` bytes to hand over, most urgent first (K5); may make events and start clocks.
@@ -175,9 +175,10 @@ class Connection:
         if self.closed:
             return None
         deadline = self.keepalive.next_deadline()
-        alarm = self._alarms.next_deadline()
-        if alarm is not None and (deadline is None or alarm < deadline):
-            deadline = alarm
+        if self._streams:
+            alarm = self._alarms.next_deadline()
+            if alarm is not None and (deadline is None or alarm < deadline):
+                deadline = alarm
         if self._replies_since is None:
             return deadline
         stuck = self._stuck_deadline()
@@ -536,7 +537,7 @@ class Connection:
         """EngineHandler."""
         rtt = self.keepalive.note_ping_ack(payload, self._now)
         if rtt is not None:
-            self.waiting_events.append(events.PingAcknowledged(rtt, self._now))
+            self.waiting_events.append(_new(events.PingAcknowledged, (rtt, self._now)))
 
     def on_window_opened(self, stream_id: int) -> None:
         """EngineHandler."""
@@ -672,7 +673,7 @@ class Connection:
     def _send_ping(self, now: float) -> bool:
         self._engine.send_ping(self.keepalive.payload)
         self._control_queued = self.deadline_moved = True
-        self.waiting_events.append(events.PingSent(self.keepalive.last_ping_purpose or PingPurpose.IDLE, now))
+        self.waiting_events.append(_new(events.PingSent, (self.keepalive.last_ping_purpose, now)))
         return True
 
     def _count_reply(self, now: float) -> None:

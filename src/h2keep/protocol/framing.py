@@ -25,6 +25,7 @@ __all__ = [
     "MAX_HEADER_BLOCK",
     "PADDED",
     "PING",
+    "PING_ACK",
     "PRIORITY",
     "RST_STREAM",
     "SETTINGS",
@@ -63,6 +64,10 @@ unpack_header = _HEADER.unpack_from
 def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """A frame up to its payload."""
     return _HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
+
+
+#: All that an unused connection gets, up to its payload of 8 bytes.
+PING_ACK = frame_header(8, PING, ACK, 0)
 
 
 def header_frames(stream_id: int, block: bytes, end_stream: bool) -> bytes:

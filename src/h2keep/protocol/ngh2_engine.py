@@ -25,6 +25,7 @@ from h2keep.protocol.framing import (
     MAX_HEADER_BLOCK,
     PADDED,
     PING,
+    PING_ACK,
     PRIORITY,
     RST_STREAM,
     SETTINGS,
@@ -126,7 +127,11 @@ class Ngh2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
-        self._partial = parse_on(self._parse, self._partial, data)
+        amid = self._partial or self._block_stream or not self._greeted
+        if len(data) == 17 and data.startswith(PING_ACK) and not amid:
+            self._handler.on_ping_acknowledged(data[9:])
+        else:
+            self._partial = parse_on(self._parse, self._partial, data)
 
     def _parse(self, data: bytes, start: int) -> bytes:
         """Act on the frames from `start` on; what is left over, as the rest of its frame hasn't come."""

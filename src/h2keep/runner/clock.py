@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["GapWatch", "suspend_counting_clock"]
+__all__ = ["UNBROKEN", "GapWatch", "suspend_counting_clock"]
 
 #: Less than this is scheduling, not sleep, in seconds.
 _SUSPENDED = 1.0
 #: A wall clock that jumps ahead by more than this may be a restored snapshot, in seconds.
 _WALL_JUMP = 5.0
+#: What `GapWatch.check` says nearly always.
+UNBROKEN = (0.0, False)
 
 
 def suspend_counting_clock() -> Callable[[], float]:
@@ -50,11 +52,16 @@ class GapWatch:
         self._wall_offset = wall() - at
 
     def check(self, now: float) -> tuple[float, bool]:
-        """Seconds of suspension since the last call (0.0 if none), and whether the wall clock jumped ahead."""
+        """Seconds of suspension since the last call (0.0 if none), and whether the wall clock jumped ahead.
+
+        `UNBROKEN` itself if neither.
+        """
         offset = self._suspended() - now
         wall_offset = self._wall() - now
         gap = offset - self._offset
         jumped = wall_offset - self._wall_offset > _WALL_JUMP
         self._offset = offset
         self._wall_offset = wall_offset
-        return (gap if gap > _SUSPENDED else 0.0), jumped
+        if gap > _SUSPENDED:
+            return gap, jumped
+        return (0.0, True) if jumped else UNBROKEN

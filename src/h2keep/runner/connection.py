@@ -16,7 +16,7 @@ from h2keep.errors import ConnectionGoingAway, ConnectionLost, H2KeepError, Remo
 from h2keep.protocol import Connection, events
 from h2keep.protocol.engine import ErrorCode
 from h2keep.protocol.engines import DEFAULT_ENGINE
-from h2keep.runner.clock import GapWatch
+from h2keep.runner.clock import UNBROKEN, GapWatch
 from h2keep.runner.stream import Http2Stream
 
 if TYPE_CHECKING:
@@ -264,7 +264,8 @@ class Http2Connection:
     def verified(self) -> bool:
         """Whether it may be given a request at once (K9); looks at the clocks first (K25)."""
         now = self.loop.time()
-        self._look_for_gap(now)
+        if (gap := self._gaps.check(now)) is not UNBROKEN:
+            self._note_gap(*gap, now)
         return self.protocol.verified(now)
 
     def verify(self) -> bool:
@@ -374,7 +375,8 @@ class Http2Connection:
     def bytes_came(self, data: bytes) -> None:
         """Bytes from the socket: life first, unless they are a proxy's own (K2), then whatever they mean."""
         now = self.loop.time()
-        self._look_for_gap(now)
+        if (gap := self._gaps.check(now)) is not UNBROKEN:
+            self._note_gap(*gap, now)
         security = self.transport.security
         plaintext, closed = security.receive(data)
         heard = security.heard
@@ -420,7 +422,8 @@ class Http2Connection:
 
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
         """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""
-        self._look_for_gap(now)
+        if (gap := self._gaps.check(now)) is not UNBROKEN:
+            self._note_gap(*gap, now)
         if upload_progressed:
             self.protocol.note_upload_progress(now)
         self.protocol.handle_timeout(now)
@@ -430,8 +433,7 @@ class Http2Connection:
 
     # Inside
 
-    def _look_for_gap(self, now: float) -> None:
-        gap, wall_jumped = self._gaps.check(now)
+    def _note_gap(self, gap: float, wall_jumped: bool, now: float) -> None:
         if gap:
             log.debug("%s: %.1f s passed while the machine slept", self.origin, gap)
             self.protocol.note_gap(gap, now)
@@ -455,7 +457,8 @@ class Http2Connection:
                 self.driver.wake_writer()
             elif ended and protocol.open_streams:
                 self.driver.expect_requests()
-            self._check_timer()
+            if protocol.deadline_moved:
+                self._check_timer()
         if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()
         while self._hooked:
