@@ -167,9 +167,9 @@ class KeepaliveTimer:
         self._least_interval = (1 - policy.jitter) * (self.interval or 0.0)
         self._spread = (self.interval or 0.0) - self._least_interval
         # The silence's jittered interval: its place between the bounds, and its length in ticks.
-        self._share = 0.0
+        # Drawn when it is needed, since most silences end before that.
+        self._share: float | None = None
         self._ticks = 0
-        self._use_share(random.random())
         self._judge_at = now
         self._extensions = 0
         self._allowance = 0.0
@@ -201,16 +201,19 @@ class KeepaliveTimer:
     def note_stream_opened(self) -> None:
         """A stream was opened. The first arms K3's PING; after a long silence it is due at once (K11)."""
         self.open_streams += 1
-        if self.open_streams == 1:
+        if self.open_streams > 1:
+            return
+        # What was set for a stream before this one is mostly soon enough.
+        if self._wake_at is None or self._wake_at > self.last_life + self._least_interval:
             self._take_in_life()
             self._arm_anew()
 
     def note_stream_closed(self) -> None:
-        """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11)."""
+        """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11).
+
+        The deadline stays, for the stream that may be open by then; if none is, it brings no PING.
+        """
         self.open_streams -= 1
-        if self.open_streams == 0:
-            self._take_in_life()
-            self._arm()
 
     def note_ping_ack(self, payload: bytes, now: float) -> float | None:
         """An ACK came: the round-trip time in seconds if it is the first of the last PING, else None (K3).
@@ -286,7 +289,8 @@ class KeepaliveTimer:
         self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
         self._least_interval = (1 - self.policy.jitter) * self.interval
         self._spread = self.interval - self._least_interval
-        self._use_share(self._share)
+        if self._share is not None:
+            self._use_share(self._share)
         self._take_in_life()
         self._arm_anew()
 
@@ -410,7 +414,7 @@ class KeepaliveTimer:
         self._life_seen = False
         self._distrusted = False
         if self._phase is _QUIET:
-            self._use_share(self._random.random())
+            self._share = None
         self._phase = _QUIET
         # The later of the two, lest life dated before a PING that it came after bring the next one too near (K16).
         self._silent_since = self._looked_at = max(self.last_life, self._looked_at)
@@ -429,8 +433,12 @@ class KeepaliveTimer:
 
     def _ping_due(self, silent_since: float) -> float:
         """When a silence will have lasted for the jittered interval (K15)."""
+        share = self._share
+        if share is None:
+            share = self._random.random()
+            self._use_share(share)
         if self._spread < _ROOM_TO_ROUND:
-            return silent_since + (self._least_interval + self._spread * self._share)
+            return silent_since + (self._least_interval + self._spread * share)
         # The begin is rounded by itself, so that how soon after a PING the answer came makes no difference.
         due = silent_since * _TICKS // 1 + self._ticks
         earliest = silent_since + self._least_interval
@@ -462,7 +470,9 @@ class KeepaliveTimer:
         look_at = self._looked_at + self._least_interval
         if self._spread >= _ROOM_TO_ROUND:
             look_at = math.ceil(look_at * _TICKS) / _TICKS
-        self._wake_at = min(look_at, self._ping_due(self._silent_since))
+        # A silence that began with the last look is never pinged before its least interval is over.
+        young = self._looked_at == self._silent_since
+        self._wake_at = look_at if young else min(look_at, self._ping_due(self._silent_since))
 
     def _judge(self, now: float) -> Verdict:
         """No life came until `_judge_at`, which has passed (K7)."""

@@ -667,9 +667,29 @@ def test_k11_only_the_last_streams_end_disarms() -> None:
     timer.note_stream_closed()
     assert timer.next_deadline() == 30.0
     timer.note_stream_closed()
-    assert timer.next_deadline() is None
     assert timer.open_streams == 0
     assert timer.handle_timeout(30.0) is NOTHING
+    assert timer.next_deadline() is None
+
+
+def test_k11_a_stream_after_the_last_one_takes_over_its_deadline() -> None:
+    timer = make(streams=1)
+    for now in range(1, 20):
+        timer.note_life(float(now))
+        timer.note_stream_closed()
+        assert timer.next_deadline() == 30.0
+        timer.note_stream_opened()
+    assert verdicts(timer)[0] == (49.0, SEND_PING)
+
+
+def test_k11_the_deadline_that_the_last_stream_left_is_the_only_one() -> None:
+    timer = make(streams=1)
+    timer.note_life(20.0)
+    timer.note_stream_closed()
+    assert verdicts(timer) == []
+    assert timer.next_deadline() is None
+    timer.note_stream_opened()
+    assert timer.next_deadline() == 50.0
 
 
 def test_k11_an_outstanding_ping_is_judged_without_streams() -> None:
@@ -687,11 +707,15 @@ def test_k11_once_answered_it_is_not_followed_by_another() -> None:
     assert timer.next_deadline() is None
 
 
-def test_k11_life_and_the_last_streams_end_disarm_at_once() -> None:
+def test_k11_life_and_the_last_streams_end_disarm_until_there_is_another() -> None:
     timer = pinged()
     timer.note_life(31.0)
     timer.note_stream_closed()
+    assert not timer.outstanding
+    assert timer.handle_timeout(45.0) is NOTHING
     assert timer.next_deadline() is None
+    timer.note_stream_opened()
+    assert timer.next_deadline() == 61.0
 
 
 def test_k11_silence_counts_whether_or_not_streams_are_open() -> None:
@@ -884,10 +908,11 @@ def test_k15_the_interval_is_drawn_between_its_bounds(jitter: float, fraction: f
 
 
 def test_k15_each_silence_has_its_own_interval_whatever_that_before_it_was() -> None:
-    """The second silence begins late in the first one's interval, and is due before that one's would have been."""
-    timer = make(Keepalive(jitter=0.5), 0.99, 0.0)
-    timer.note_life(1.0)
-    assert verdicts(timer, until=30.0) == [(about(16.0), SEND_PING)]
+    """The second silence is due before the first one would have been."""
+    timer = make(Keepalive(jitter=0.9), 0.99, 0.0)
+    assert timer.handle_timeout(3.1) is NOTHING
+    timer.note_life(4.0)
+    assert verdicts(timer, until=20.0) == [(about(7.0), SEND_PING)]
 
 
 def test_k15_is_drawn_once_per_silence() -> None:
@@ -897,18 +922,19 @@ def test_k15_is_drawn_once_per_silence() -> None:
         timer.note_stream_opened()
         timer.handle_timeout(float(now))
         timer.note_stream_closed()
-    assert source.draws == 1
+    # None of it lasted long enough to matter.
+    assert source.draws == 0
     timer.note_stream_opened()
     for now in range(20, 28):
         timer.note_life(float(now))
     assert verdicts(timer, until=27.0 + 28.4) == []
-    assert source.draws == 2
+    assert source.draws == 1
     assert verdicts(timer, until=27.0 + 28.5) == [(27.0 + 28.5, SEND_PING)]
     # With a PING that of the silence after it is drawn.
-    assert source.draws == 3
+    assert source.draws == 2
     timer.note_life(60.0)
     assert verdicts(timer, until=60.0 + 28.4) == []
-    assert source.draws == 3
+    assert source.draws == 2
 
 
 def test_k15_a_new_interval_keeps_the_silences_fraction() -> None:
@@ -1064,6 +1090,7 @@ def test_k17_after_a_received_goaway_there_are_no_pings_without_streams() -> Non
     timer = make(Keepalive(jitter=0.0, while_idle=True))
     timer.note_going_away()
     timer.note_stream_closed()
+    assert verdicts(timer) == []
     assert timer.next_deadline() is None
 
 
