@@ -183,7 +183,7 @@ class HeaderBlocks:
         session = self._session
         exchange.number = session.next_stream_id
         session.send_request(_hiding(fields), end_stream=True)
-        block = _payload(session.data_to_send())
+        block = _without_sizes(_payload(session.data_to_send()))
         if _changes_table(block):
             self._requests.clear()
         else:
@@ -199,8 +199,6 @@ class HeaderBlocks:
         """The peer's SETTINGS name the size that the encoder's table may have, in bytes."""
         self._session.receive_data(_frame(SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, allowed)))
         self._session.data_to_send()
-        # nghttp2 announces it with the next head that it makes, which may not be the next block that leaves.
-        self._tell_end(self._begin(b"GET"))
         self._session.events()
         self._requests.clear()
         size = min(allowed, _LARGEST_TABLE)
@@ -337,6 +335,13 @@ def _remember(memory: dict[_Key, _Value], key: _Key, value: _Value, size: int) -
         if len(memory) >= _MOST_KNOWN:
             memory.clear()
         memory[key] = value
+
+
+def _without_sizes(block: bytes) -> bytes:
+    """The block without announcements of the table's size: nghttp2 doesn't know which block leaves first."""
+    while block and block[0] & 0xE0 == 0x20:
+        block = block[_after_integer(block, 0, 0x1F) :]
+    return block
 
 
 def _look_for_goaway(output: bytes) -> None:
