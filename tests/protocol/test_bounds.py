@@ -557,6 +557,25 @@ def test_a_stream_window_that_overflows_resets_the_stream_alone() -> None:
     assert pair.failure(other) is None
 
 
+@pytest.mark.parametrize("where", ["stream", "connection"])
+def test_the_reserved_bit_of_an_increment_means_nothing(where: str) -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request(end_stream=False)
+    pair.run(0.1)
+    target = stream_id if where == "stream" else 0
+    windows = pair.client._engine.send_window(stream_id), pair.client._engine.connection_window()
+    pair.server_send_raw(b"\0\0\4\x08\0" + target.to_bytes(4) + b"\x80\0\0\5")
+    pair.run(0.1)
+    assert not pair.client.closed
+    grown = pair.client._engine.send_window(stream_id), pair.client._engine.connection_window()
+    assert (grown[0] - windows[0], grown[1] - windows[1]) == ((5, 0) if target else (0, 5))
+    # It is none of the number where that is too large, either.
+    pair.server_send_raw(b"\0\0\4\x08\0" + stream_id.to_bytes(4) + b"\xff\xff\xff\xff")
+    pair.run(0.1)
+    assert resets(pair) == [(stream_id, 3)]
+    assert not pair.client.closed
+
+
 def test_frames_that_ask_nothing_of_a_client_are_skipped() -> None:
     pair = Pair(OFF)
     stream_id = pair.request()

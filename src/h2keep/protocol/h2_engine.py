@@ -232,6 +232,9 @@ class H2Engine:
             owner.outbound_flow_control_window += increment
             self._handler.on_window_opened(stream_id)
             return
+        if len(body) == 4:
+            # Without the reserved bit, which hyperframe would count in.
+            body = increment.to_bytes(4)
         # What is wrong with it is h2's to say. It comes back where that is one stream's affair, which it has reset.
         self._feed(self._parse(WINDOW_UPDATE, flags, stream_id, body))
         self._tidy(stream_id)

@@ -304,8 +304,8 @@ class Ngh2Engine:
     def _receive_credit(self, stream_id: int, stream: _Stream | None, body: bytes) -> None:
         if len(body) != 4:
             self._fail(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of another length than 4 bytes")
-        increment = _LONG.unpack(body)[0]
-        if not 1 <= increment <= LARGEST_WINDOW:
+        increment = _LONG.unpack(body)[0] & 0x7FFF_FFFF
+        if not increment:
             self._fail(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of no bytes")
         if stream is None:
             self._send_window += increment
