@@ -318,6 +318,20 @@ def test_a_late_head_in_pieces_is_followed_too() -> None:
     assert pair.happened(events.ResponseReceived) == [events.ResponseReceived(other, 200, [(b"late", b"1")])]
 
 
+@pytest.mark.parametrize(
+    ("flags", "start"), [(0x08, b"\2\0\0"), (0x20, b"\0\0\0\0\x10"), (0x28, b"\2\0\0\0\0\x10\0\0")]
+)
+def test_a_head_may_begin_with_a_frame_that_has_none_of_it(flags: int, start: bytes) -> None:
+    pair = Pair(OFF)
+    stream_id = pair.request()
+    pair.run(0.1)
+    block = pair.server.encoder.encode([(":status", "200")])
+    rest = frame(frames.ContinuationFrame, stream_id, "END_HEADERS", data=block)
+    pair.server_send_raw(bytes([0, 0, len(start), 1, flags]) + stream_id.to_bytes(4) + start + rest)
+    pair.run(0.1)
+    assert pair.happened(events.ResponseReceived) == [events.ResponseReceived(stream_id, 200, [])]
+
+
 def test_a_promise_on_a_reset_stream_ends_the_connection() -> None:
     pair = Pair(OFF)
     stream_id = pair.request()
@@ -384,6 +398,9 @@ def test_a_frame_longer_than_allowed_is_refused_before_its_body_came() -> None:
         ),
         pytest.param(frame(frames.HeadersFrame, 1, "END_HEADERS", data=b"\xff\xff\xff\xff\xff\xff"), id="hpack"),
         pytest.param(b"\x00\x00\x04\x00\x08\x00\x00\x00\x01\xff\x00\x00\x00", id="padding-too-long"),
+        pytest.param(b"\x00\x00\x03\x01\x0c\x00\x00\x00\x01\x03\x00\x00", id="padding-of-a-head-too-long"),
+        pytest.param(b"\x00\x00\x08\x01\x2c\x00\x00\x00\x01\x03" + bytes(7), id="padding-instead-of-priority"),
+        pytest.param(b"\x00\x00\x01\x01\x04\x00\x00\x00\x00\x88", id="head-on-stream-0"),
         pytest.param(b"\x00\x00\x04\x00\x00\x00\x00\x00\x00abcd", id="data-on-stream-0"),
         pytest.param(b"\x00\x00\x05\x04\x00\x00\x00\x00\x00abcde", id="settings-of-5-bytes"),
         pytest.param(b"\x00\x00\x04\x06\x00\x00\x00\x00\x00abcd", id="ping-of-4-bytes"),

@@ -291,7 +291,7 @@ class H2Engine:
         """The whole header block, None while CONTINUATIONs are due (bounds: K23)."""
         if kind == HEADERS:
             if flags & (PADDED | PRIORITY) or not stream_id:
-                body = cast("frames.HeadersFrame", self._parse(HEADERS, flags, stream_id, body)).data
+                body = self._fragment(flags, stream_id, body)
             self._block_ends = bool(flags & END_STREAM)
             if flags & END_HEADERS:
                 return body
@@ -311,6 +311,18 @@ class H2Engine:
         self._block_stream = 0
         self._block_parts = []
         return block
+
+    def _fragment(self, flags: int, stream_id: int, body: bytes) -> bytes:
+        """What a HEADERS frame has of its block: perhaps nothing but padding, which hyperframe takes for malformed."""
+        if not stream_id:
+            self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: HEADERS on no stream")
+        start = (1 if flags & PADDED else 0) + (5 if flags & PRIORITY else 0)
+        if len(body) < start:
+            self._fail(ErrorCode.FRAME_SIZE_ERROR, f"a malformed frame: HEADERS of {len(body)} bytes")
+        stop = len(body) - (body[0] if flags & PADDED else 0)
+        if stop < start:
+            self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
+        return body[start:stop]
 
     def _decode(self, block: bytes) -> DecodedBlock:
         try:
