@@ -118,13 +118,15 @@ class Side(Target):
         }
 
 
-def run_both(pieces: list[bytes | Move], sizes: tuple[int, int] = (1_000_000, 1_000_000)) -> Side:
+def run_both(
+    pieces: list[bytes | Move], sizes: tuple[int, int] = (1_000_000, 1_000_000), make: type[Side] = Side
+) -> Side:
     """Do it all on both, and compare after each piece; ngh2's side, as far as it got.
 
     Where both refuse what the peer did, one may end the stream and the other the connection: that ends the comparison.
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
-        theirs, ours = Side("h2", monkeypatch), Side("ngh2", monkeypatch)
+        theirs, ours = make("h2", monkeypatch), make("ngh2", monkeypatch)
         for piece in pieces:
             before = len(theirs.calls)
             for side, size in zip((theirs, ours), sizes, strict=True):
