@@ -404,21 +404,25 @@ class Http2Connection:
         self.orphaned = True
         self.ended(RuntimeError("its event loop is shutting down"))
 
-    def next_write(self, limit: int, now: float) -> tuple[list[bytes | memoryview], bool]:
-        """Pieces of ciphertext to hand to the socket, none if there is nothing to say; and whether there is more."""
+    def next_write(self, limit: int, now: float) -> list[bytes | memoryview]:
+        """Pieces of ciphertext to hand to the socket, none if there is nothing to say."""
         pieces: list[bytes | memoryview] = [b""]
         if self.protocol.has_data_to_send():
             pieces = self.protocol.pieces_to_send(limit, now)
-            if self._open_before:
-                # Without a request it was but control frames, whose leaving changes nothing.
-                self._settle()
         written: list[bytes | memoryview] = []
         for piece in pieces:
             # Of no bytes it makes what TLS has to say of its own accord.
             ciphertext = self.transport.security.encrypt(piece)
             if ciphertext:
                 written.append(ciphertext)
-        return written, self.protocol.has_data_to_send()
+        return written
+
+    def write_taken(self) -> bool:
+        """The driver has got what `next_write` gave, so that it leaves before a goodbye; whether there is more."""
+        if self._open_before:
+            # Without a request it was but control frames, whose leaving changes nothing.
+            self._settle()
+        return self.protocol.has_data_to_send()
 
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
         """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""

@@ -175,6 +175,8 @@ class SocketDriver(ABC):
         # RuntimeError: no event loop runs here any more; then nobody waits on this socket either.
         with contextlib.suppress(RuntimeError):
             self._let_go()
+        # The writer may be about to hand it over.
+        self._unsent = []
         sock.close()
 
     def reap(self) -> None:
@@ -185,7 +187,7 @@ class SocketDriver(ABC):
     def _farewell(self) -> None:
         """GOAWAY and close_notify, as far as the kernel takes them."""
         connection = self._connection
-        last, _ = connection.next_write(_TURN, self._loop.time())
+        last = connection.next_write(_TURN, self._loop.time())
         data = b"".join([*self._unsent, *last, connection.transport.security.close()])
         if data:
             self._socket.send(data)
@@ -233,7 +235,8 @@ class SocketDriver(ABC):
                 if not more:
                     self._pacer.note_idle()
                     return _ALL
-                self._unsent, more = connection.next_write(self._pacer.budget, now)
+                self._unsent = connection.next_write(self._pacer.budget, now)
+                more = connection.write_taken()
                 if not self._unsent:
                     continue
                 body = self._protocol.body_bytes_sent
