@@ -340,6 +340,7 @@ STRICTER = [
     pytest.param([(b":status", b"099")], id="status-below-100"),
     pytest.param([(b":status", b"200"), (b"x", b"\x01")], id="control-character"),
     pytest.param([(b":status", b"200"), (b"x", b"\x7f")], id="delete-character"),
+    pytest.param([(b":status", b"200"), (b"x-{", b"1")], id="name-that-is-no-token"),
 ]
 
 
