@@ -68,10 +68,12 @@ class _Sent(enum.Enum):
     BLOCKED = enum.auto()
     #: Others are to run first.
     TURN_OVER = enum.auto()
+    #: The socket takes no more at all.
+    FAILED = enum.auto()
 
 
 # In Python 3.11 a member costs as much to look up in its enumeration as a call of a function.
-_ALL, _BLOCKED, _TURN_OVER = _Sent
+_ALL, _BLOCKED, _TURN_OVER, _FAILED = _Sent
 
 
 class SocketDriver(ABC):
@@ -88,6 +90,8 @@ class SocketDriver(ABC):
         self._gone = anyio.Event()
         self._read_size = _FIRST_READ
         self._unsent: list[bytes | memoryview] = []
+        #: Why the socket takes no more at all.
+        self._failure: OSError | None = None
         self._written = 0
         self._body_taken = 0
         self._upload_mark = 0
@@ -205,7 +209,7 @@ class SocketDriver(ABC):
             except BlockingIOError:
                 return False
             if not data:
-                connection.ended()
+                connection.ended(self._failure)
                 return False
             if len(data) < _TRIFLE:
                 connection.bytes_came(data)
@@ -250,6 +254,9 @@ class SocketDriver(ABC):
                 sent, self._unsent = _send(self._socket, self._unsent)
             except BlockingIOError:
                 return _BLOCKED
+            except OSError as error:
+                self._failure = error
+                return _FAILED
             self._written += sent
             if sent < _TRIFLE and not (self._unsent or more):
                 self._pacer.note_idle()
@@ -261,6 +268,17 @@ class SocketDriver(ABC):
             if turn >= _TURN or now - began >= _TURN_SECONDS:
                 return _TURN_OVER
         return _ALL
+
+    def _read_the_last(self) -> bool:
+        """Read, for a turn, what came before the socket failed; whether there is more. If not, that was the end.
+
+        It may be whole responses (K8), or a GOAWAY that says which requests weren't processed (K24).
+        """
+        if self._receive():
+            return True
+        if not self._stopped:
+            self._connection.ended(self._failure)
+        return False
 
     # The socket's own figures
 
@@ -326,6 +344,9 @@ class AnyioDriver(SocketDriver):
                 await anyio.wait_writable(self._socket)
             elif sent is _TURN_OVER:
                 await checkpoint()
+            elif sent is _FAILED:
+                while self._read_the_last():
+                    await checkpoint()
             elif not self._stopped:
                 await self._writer.park()
 
@@ -431,6 +452,11 @@ class CallbackDriver(SocketDriver):
 
     def _write(self) -> None:
         sent = self._send()
+        if sent is _FAILED:
+            # Not here: it may be the very making of a request that writes. Nobody writes any more.
+            self._writing = True
+            self._soon(self._finish_reading)
+            return
         if sent is _BLOCKED:
             if not self._blocked:
                 self._blocked = True
@@ -443,6 +469,10 @@ class CallbackDriver(SocketDriver):
             self._soon(self._write)
         else:
             self._writing = False
+
+    def _finish_reading(self) -> None:
+        if self._read_the_last():
+            self._soon(self._finish_reading)
 
     # Time
 
