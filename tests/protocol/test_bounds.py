@@ -488,6 +488,20 @@ def test_a_body_that_ends_with_header_fields_must_have_its_length_too(
     assert pair.client.open_streams == 0
 
 
+def test_a_body_that_ends_with_trailers_must_have_its_length_however_often_its_head_came_before() -> None:
+    pair = Pair(OFF)
+    for turn in range(6):
+        stream_id = pair.request()
+        pair.run(0.1)
+        pair.server.send_headers(stream_id, [(":status", "200"), ("content-length", "5")])
+        pair.server.send_data(stream_id, b"short" if turn % 2 else b"cut")
+        pair.server.send_headers(stream_id, [("x-sum", "1")], end_stream=True)
+        pair.run(0.1)
+        assert isinstance(pair.failure(stream_id), RemoteProtocolError) is not bool(turn % 2)
+        pair.client.release(stream_id, pair.now)
+    assert len(pair.happened(events.StreamEnded)) == 3
+
+
 @pytest.mark.parametrize("method", [b"HEAD", b"GET"])
 @pytest.mark.parametrize("ending", ["head", "data"])
 def test_a_length_without_a_body_is_fine_where_no_body_comes(method: bytes, ending: str) -> None:

@@ -339,7 +339,7 @@ def test_proxy_authorization_is_never_indexed() -> None:
 
 
 def test_trailers_after_a_long_body_of_a_declared_length() -> None:
-    """nghttp2 is shown as many bytes as came, and gives no credit for them that would go out."""
+    """nghttp2 sees none of it, and doesn't miss it."""
     handler = Silent()
     engine = Ngh2Engine(handler, initial_window=2**20, connection_window=2**20)
     encoder = hpack.Encoder()

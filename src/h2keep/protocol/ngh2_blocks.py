@@ -29,7 +29,6 @@ import ngh2
 from h2keep.protocol.engine import ErrorCode
 from h2keep.protocol.framing import (
     ACK,
-    DATA,
     END_HEADERS,
     END_STREAM,
     GOAWAY,
@@ -82,7 +81,6 @@ _SECRET = b"proxy-authorization"
 _name_of = operator.itemgetter(0)
 #: Exchanges whose end nghttp2 isn't told yet, at most.
 _MAX_UNTOLD = 256
-_FILLER = bytes(64 * 1024)
 _NOT_MODIFIED = 304
 #: The least status of a final response.
 FINAL = 200
@@ -129,9 +127,8 @@ class Exchange(Protocol):
     method: bytes
     #: A final response's head came.
     answered: bool
-    #: The response body's declared length, None if there is none; and what of it hasn't come yet.
+    #: The response body's declared length, None if there is none.
     declared: int | None
-    body_left: int | None
     #: What nghttp2 knows it by, 0 while it doesn't; for `HeaderBlocks` alone.
     number: int
     #: Whether nghttp2 saw that head; for `HeaderBlocks` alone.
@@ -215,13 +212,16 @@ class HeaderBlocks:
 
     def judge(self, exchange: Exchange, block: bytes, end_stream: bool) -> Message | None:
         """What a block of a response says; None if it isn't well-formed. Raises `BrokenBlock`."""
+        if exchange.judged and exchange.declared:
+            # nghttp2 takes no trailers before the body that was declared, which it never sees. What comes after the
+            # head is judged as of an exchange in which none was.
+            self.end(exchange)
+            exchange.judged = False
         if not exchange.number:
             exchange.number = self._begin(exchange.method)
         if exchange.answered and not exchange.judged:
             self._feed(exchange.number, _OK, end_stream=False)
             exchange.judged = True
-        elif end_stream and exchange.declared and not exchange.body_left:
-            self._pretend_body(exchange.number, exchange.declared)
         event = self._feed(exchange.number, block, end_stream)
         changes = _changes_table(block)
         if changes:
@@ -275,14 +275,6 @@ class HeaderBlocks:
             _look_for_goaway(session.data_to_send())
             session.events()
         return None
-
-    def _pretend_body(self, number: int, length: int) -> None:
-        """nghttp2 takes no trailers before the body that was declared; how long it really was is not its business."""
-        session = self._session
-        for start in range(0, length, len(_FILLER)):
-            session.receive_data(_frame(DATA, 0, number, _FILLER[: length - start]))
-            session.events()
-        session.data_to_send()
 
     # nghttp2's exchanges
 

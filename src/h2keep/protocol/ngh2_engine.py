@@ -276,6 +276,9 @@ class Ngh2Engine:
         if message is None:
             self._stream_error(stream_id, "header fields that HTTP/2 doesn't allow")
             return
+        if end_stream and stream.body_left:
+            self._stream_error(stream_id, f"a body that is not as long as it said ({stream.declared} bytes)")
+            return
         if end_stream:
             # nghttp2 has seen both ends.
             self._note_end(stream_id, stream)
