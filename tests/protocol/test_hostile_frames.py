@@ -39,14 +39,44 @@ class Unchanging:
         return self._pings.to_bytes(n)
 
 
+class StrictDecoder(hpack.Decoder):
+    """A server's, that insists on being told of the sizes that it named (RFC 7541, section 4.2)."""
+
+    def __init__(self, max_header_list_size: int) -> None:
+        super().__init__(max_header_list_size)
+        self.named: list[int] = []
+
+    def decode(self, data: bytes, raw: bool = False) -> Any:
+        if self.named and min(self.named) < self.header_table_size:
+            assert data[0] & 0xE0 == 0x20, "the smallest size of the table isn't announced"
+            size, _ = hpack.hpack.decode_integer(data, 5)
+            assert size <= min(self.named)
+        if self.named:
+            self.max_allowed_table_size = min(self.named[-1], 4_096)
+            self.named.clear()
+        return super().decode(data, raw)
+
+
 class HostilesVictim(Side):
     """A client that goes on making requests; streams with odd ids from 15 on."""
 
     def __init__(self, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(engine, monkeypatch)
+        self._named: list[int] = []
+        super().__init__(engine, monkeypatch, StrictDecoder)
         self.opened: list[int] = []
         # How often chance is asked for depends on how the bytes were cut.
         self.client.keepalive._random = Unchanging()
+
+    def name_sizes(self, sizes: list[int]) -> None:
+        """The server's SETTINGS named these sizes of the table: from their ACK on the client must have heard of it."""
+        self._named += sizes
+
+    def write(self) -> None:
+        # The ACKs leave before the heads.
+        assert isinstance(self._hpack, StrictDecoder)
+        self._hpack.named += self._named
+        self._named.clear()
+        super().write()
 
     def request(self, kind: int) -> None:
         """One of some kinds: none can be told apart by its number alone."""
@@ -60,6 +90,10 @@ class HostilesVictim(Side):
         end_stream = kind % 5 != 3
         if length is not None and not end_stream:
             length = 10
+        if kind % 7 == 0:
+            fields += [(b"authorization", b"secret"), (b"cookie", b"a=b"), (b"user-agent", b"me")]
+        if length is not None:
+            fields.append((b"content-length", b"%d" % length))
         stream_id = client.send_request(
             fields, self.now, content_length=length, body=body, end_stream=end_stream, awaited=True, read_timeout=50.0
         )
@@ -282,6 +316,7 @@ class Conversation:
         self.sides = [HostilesVictim("h2", monkeypatch), HostilesVictim("ngh2", monkeypatch)]
         self.encoder = hpack.Encoder()
         self.steps = 0
+        self.named: list[int] = []
 
     @property
     def _known(self) -> dict[int, Any]:
@@ -379,9 +414,14 @@ class Conversation:
         valid = [(1, [0, 64, 4_096, 65_536]), (3, [0, 1, 5, 100, 2**32 - 1]), (4, [0, 1, 1_000, 65_535, 2**20]),
                  (5, [16_384, 16_385, 2**24 - 1]), (6, [0, 9_999]), (0xFFFF, [1])]  # fmt: skip
         body = b""
+        named: list[int] = []
         for _ in range(choose.randrange(4)):
             code, values = choose.choice(valid)
-            body += code.to_bytes(2) + choose.choice(values).to_bytes(4)
+            value = choose.choice(values)
+            body += code.to_bytes(2) + value.to_bytes(4)
+            if code == 1:
+                named = [value]
+        self.named += named
         return _frame(4, choose.choice([0, 0, 0x80]), 0, body)
 
     def credit(self) -> bytes:
@@ -420,9 +460,9 @@ class Conversation:
         choose = self.choose
         if choose.random() > 0.04:
             return b""
-        raw = bytearray(getattr(self, choose.choice(["head", "data", "settings", "credit", "small", "trailers"]))())
+        raw = bytearray(getattr(self, choose.choice(["head", "data", "credit", "small", "trailers"]))())
         if raw:
-            raw[choose.randrange(min(len(raw), 40))] ^= 1 << choose.randrange(8)
+            raw[choose.randrange(min(len(raw), 9))] ^= 1 << choose.randrange(8)
         return bytes(raw)
 
     PEERS = (
@@ -438,7 +478,9 @@ class Conversation:
         if choose.random() < 0.5:
             raw = b"".join(getattr(self, choose.choice(self.PEERS))() for _ in range(choose.choice([1, 1, 2, 5])))
             for side in self.sides:
+                side.name_sizes(self.named)
                 side.feed(raw, choose.choice([100, 1_000, 16_393, 10**6] if len(raw) > 2_000 else [1, 3, 9, 10, 10**6]))
+            self.named.clear()
         else:
             name = choose.choice(self.OURS)
             argument: float = choose.choice([*self._known, 1, 7] if name != "request" else range(60))

@@ -73,10 +73,12 @@ def _plain_event(event: events.Event) -> Any:
 class Side(Target):
     """`test_fuzz`'s client with its streams, tapped."""
 
-    def __init__(self, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, engine: str, monkeypatch: pytest.MonkeyPatch, decoder: type[hpack.Decoder] = hpack.Decoder
+    ) -> None:
         self.calls: list[Any] = []
         self.sent: list[Any] = []
-        self._hpack = hpack.Decoder(max_header_list_size=2**20)
+        self._hpack = decoder(max_header_list_size=2**20)
         stand_in_for_the_default(engine, monkeypatch)
         make = engines.engine_named("h2")
 
