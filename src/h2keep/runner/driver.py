@@ -452,11 +452,6 @@ class CallbackDriver(SocketDriver):
 
     def _write(self) -> None:
         sent = self._send()
-        if sent is _FAILED:
-            # Not here: it may be the very making of a request that writes. Nobody writes any more.
-            self._writing = True
-            self._soon(self._finish_reading)
-            return
         if sent is _BLOCKED:
             if not self._blocked:
                 self._blocked = True
@@ -467,6 +462,9 @@ class CallbackDriver(SocketDriver):
             self._asyncio.remove_writer(self._socket)
         if sent is _TURN_OVER:
             self._soon(self._write)
+        elif sent is _FAILED:
+            # Not here and now: it may be the very making of a request that writes. Nobody writes any more.
+            self._soon(self._finish_reading)
         else:
             self._writing = False
 
