@@ -478,8 +478,10 @@ class Conversation:
         if choose.random() < 0.5:
             raw = b"".join(getattr(self, choose.choice(self.PEERS))() for _ in range(choose.choice([1, 1, 2, 5])))
             for side in self.sides:
-                side.name_sizes(self.named)
                 side.feed(raw, choose.choice([100, 1_000, 16_393, 10**6] if len(raw) > 2_000 else [1, 3, 9, 10, 10**6]))
+                # SETTINGS behind a length that a bit fell over in are still to come.
+                if not side.client._engine._partial:  # type: ignore[attr-defined]
+                    side.name_sizes(self.named)
             self.named.clear()
         else:
             name = choose.choice(self.OURS)
