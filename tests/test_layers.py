@@ -43,6 +43,7 @@ LEVELS = [
     ("_messages",),
     ("client",),
     ("sync",),
+    ("_library",),
     ("_bridge",),
     ("_transport",),
     ("httpx", "httpx2"),

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from h2keep._bridge import (
     AsyncBridge,
     Bridge,
-    Library,
     Requests,
-    extensions_of,
     limits_of,
     origin_of,
 )
 from h2keep._connections import Connections
 from h2keep._fallback import Fallback, Where, marked, tcp_keepalive
+from h2keep._library import extensions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from h2keep._bridge import AnyStream, Forwarded
+    from h2keep._bridge import Forwarded
+    from h2keep._library import AnyStream, Library
     from h2keep.keepalive import Keepalive
     from h2keep.runner.request import Head
 

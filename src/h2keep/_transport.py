@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from h2keep import errors
-from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, extensions_of, limits_of, origin_of
+from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, limits_of, origin_of
 from h2keep._connections import Connections
 from h2keep._fallback import Fallback, OwnTransports, Where
+from h2keep._library import extensions_of
 from h2keep.keepalive import Keepalive
 from h2keep.runner.limits import Limits
 from h2keep.runner.request import REPLAY_BUFFER
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterable
 
-    from h2keep._bridge import AnyStream
+    from h2keep._library import AnyStream
     from h2keep.runner.connection import EventHook
     from h2keep.runner.dial import SocketOption
     from h2keep.runner.request import Head
@@ -49,7 +50,8 @@ class _Transport(Requests):
     servers, http:// URLs and requests with `Upgrade` are served by the library's own transport, made with the same
     arguments, which has no PINGs but TCP keepalive (K18); `http2=False` leaves everything to it. Without `proxy`, and
     unless `uds` is given, `trust_env` has the proxies of the environment used: the library's client reads these
-    variables no more when it is given a transport.
+    variables no more when it is given a transport. Responses that came by HTTP/2 are of a subclass of the library's
+    `Response`, which differs in nothing but that it reads a body faster that has come already.
     """
 
     #: The library's class that this one stands for.
@@ -128,7 +130,7 @@ class _Transport(Requests):
         )
 
     def _response(self, stream: AnyStream, body: Any) -> Any:
-        return self._library.module.Response(
+        return self._library.response(
             status_code=stream.status,
             headers=stream.headers,
             stream=body,

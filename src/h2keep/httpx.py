@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import httpx
 
-from h2keep._bridge import Library
+from h2keep._library import Library
 from h2keep._transport import AsyncTransport, Transport
 
 __all__ = ["AsyncKeepaliveTransport", "KeepaliveTransport"]
