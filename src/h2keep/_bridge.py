@@ -7,23 +7,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from h2keep import errors
+from h2keep._fallback import Where
 from h2keep.protocol.headers import CONNECTION_SPECIFIC
 from h2keep.runner.dial import Origin
 from h2keep.runner.limits import Limits
-from h2keep.runner.request import Timeout
+from h2keep.runner.request import Head, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from types import TracebackType
 
     from h2keep._connections import Connections
-    from h2keep._fallback import Body, Fallback, Where
+    from h2keep._fallback import Body, Fallback
     from h2keep._library import AnyStream, BlockingTrace, Library, Trace
-    from h2keep.runner.request import Head
 
 __all__ = [
     "AsyncBridge",
@@ -39,6 +41,22 @@ _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
 #: As `_library` names the other phases that `trace` is told of.
 _HEAD = "http2.receive_response_headers"
+#: How many kinds of requests are remembered, and the most bytes that there may be in the fields of one.
+_MOST_KNOWN = 256
+_LONGEST_KNOWN = 4_096
+_LENGTH_NAMES = (b"Content-Length", b"content-length")
+#: Of a length, as for any other that goes on the wire.
+_MOST_DIGITS = 18
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of requests that say the same."""
+
+    where: Where
+    given: Forwarded
+    #: Once one of them has been found to be in order.
+    head: Head | None = None
 
 
 class Requests(ABC):
@@ -48,9 +66,17 @@ class Requests(ABC):
     _connections: Connections
     _fallback: Fallback
 
+    #: What is known of a client's requests, by all that they say but for the length of their bodies. It holds secrets,
+    #: and lives no longer than the client.
+    _known: dict[object, _Known]
+
     @abstractmethod
-    def _where(self, request: Any) -> Where:
-        """Where it goes."""
+    def _address(self, request: Any) -> tuple[str, bytes, int | None, str | None]:
+        """Where it goes, as in `Where`."""
+
+    @abstractmethod
+    def _target(self, request: Any) -> bytes:
+        """Its path and query."""
 
     @abstractmethod
     def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
@@ -64,6 +90,37 @@ class Requests(ABC):
     def _response(self, stream: AnyStream, body: Any) -> Any:
         """A response whose body is one of the library's response streams."""
 
+    def _look_up(self, request: Any) -> tuple[_Known, bytes | None]:
+        """What is known of such requests, and the length of this one's body if that is declared last, as httpx does."""
+        fields = self._fields(request)
+        length = None
+        if fields and fields[-1][0] in _LENGTH_NAMES:
+            *fields, (_, length) = fields
+        address = self._address(request)
+        key = request.method, self._target(request), *address, *fields
+        known = self._known.get(key)
+        if known is None:
+            known = _Known(Where(*address), forwarded(fields))
+            if sum(map(len, itertools.chain.from_iterable(fields))) <= _LONGEST_KNOWN:
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = known
+        return known, length
+
+    def _head_of(self, request: Any, known: _Known, length: bytes | None) -> Head:
+        """As `_head`, for the many requests that are as others before."""
+        head = known.head
+        if head is None:
+            head = known.head = self._head(request, known.where, known.given)
+        origin, fields, declared = head
+        if length is None:
+            return Head(origin, fields.copy(), declared)
+        field = b"content-length", length
+        if declared is None and length.isdigit() and len(length) <= _MOST_DIGITS:
+            return Head(origin, [*fields, field], int(length))
+        # There is something wrong with it.
+        return self._head(request, known.where, known.given._replace(fields=[*known.given.fields, field]))
+
 
 class AsyncBridge(Requests):
     """Requests out and responses in, for whoever has connections; usable from several event loops."""
@@ -74,22 +131,23 @@ class AsyncBridge(Requests):
 
     async def handle_async_request(self, request: Any) -> Any:
         """AsyncBaseTransport."""
-        where, given = self._where(request), forwarded(self._fields(request))
-        if self._fallback.carries(where, upgrade=given.upgrade):
+        known, length = self._look_up(request)
+        where = known.where
+        if self._fallback.carries(where, upgrade=known.given.upgrade):
             body = self._library.body(request.stream)
             try:
-                return await self._send(request, where, given, body)
+                return await self._send(request, known, length, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return await self._leave(request, where)
 
-    async def _send(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Any:
+    async def _send(self, request: Any, known: _Known, length: bytes | None, body: bytes | Body) -> Any:
         trace: Trace | None = request.extensions.get("trace")
         if trace is not None:
             await trace(f"{_HEAD}.started", {"request": request})
         try:
-            head, timeout = self._head(request, where, given), timeout_of(request.extensions.get("timeout"))
+            head, timeout = self._head_of(request, known, length), timeout_of(request.extensions.get("timeout"))
             stream = await self._connections.send(head, cast("Any", body), timeout)
         except errors.H2KeepError as error:
             await self._library.refuse(error, trace, _HEAD)
@@ -126,22 +184,23 @@ class Bridge(Requests):
 
     def handle_request(self, request: Any) -> Any:
         """BaseTransport."""
-        where, given = self._where(request), forwarded(self._fields(request))
-        if self._fallback.carries(where, upgrade=given.upgrade):
+        known, length = self._look_up(request)
+        where = known.where
+        if self._fallback.carries(where, upgrade=known.given.upgrade):
             body = self._library.body(request.stream)
             try:
-                return self._send(request, where, given, body)
+                return self._send(request, known, length, body)
             except errors.H2KeepError as error:
                 if not self._fallback.takes_over(where, error, body):
                     raise
         return self._leave(request, where)
 
-    def _send(self, request: Any, where: Where, given: Forwarded, body: bytes | Body) -> Any:
+    def _send(self, request: Any, known: _Known, length: bytes | None, body: bytes | Body) -> Any:
         trace: BlockingTrace | None = request.extensions.get("trace")
         if trace is not None:
             trace(f"{_HEAD}.started", {"request": request})
         try:
-            head, timeout = self._head(request, where, given), timeout_of(request.extensions.get("timeout"))
+            head, timeout = self._head_of(request, known, length), timeout_of(request.extensions.get("timeout"))
             stream = self._connections.send_blocking(head, body, timeout)
         except errors.H2KeepError as error:
             raise self._library.told(error, trace, _HEAD) from error.__cause__

@@ -86,6 +86,7 @@ class _StandIn(Requests):
     ) -> None:
         self._library = library
         self._stock = stock
+        self._known = {}
         self._connections = connections
         self._fallback = fallback
         self._tcp_keepalive = has_tcp_keepalive
@@ -99,18 +100,21 @@ class _StandIn(Requests):
     def __repr__(self) -> str:
         return f"<h2keep in the place of {self._stock!r}>"
 
-    def _where(self, request: Any) -> Where:
+    def _address(self, request: Any) -> tuple[str, bytes, int | None, str | None]:
         url = request.url
-        return Where(url.scheme.decode("ascii"), url.host, url.port, request.extensions.get("sni_hostname"))
+        return url.scheme.decode("ascii"), url.host, url.port, request.extensions.get("sni_hostname")
+
+    def _target(self, request: Any) -> bytes:
+        target: bytes = request.url.target
+        return target
 
     def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
         fields: list[tuple[bytes, bytes]] = request.headers
         return fields
 
     def _head(self, request: Any, where: Where, given: Forwarded) -> Head:
-        url = request.url
-        authority = given.host or _authority(url)
-        return self._connections.head(request.method, origin_of(*where), authority, url.target, given.fields)
+        authority = given.host or _authority(request.url)
+        return self._connections.head(request.method, origin_of(*where), authority, request.url.target, given.fields)
 
     def _response(self, stream: AnyStream, body: Any) -> Any:
         extensions = extensions_of(stream)

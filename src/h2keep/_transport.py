@@ -83,6 +83,7 @@ class _Transport(Requests):
         context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
         options: tuple[SocketOption, ...] = tuple(socket_options or ())
         proxy_for = self._library.proxy_for(proxy, trust_env=trust_env and uds is None)
+        self._known = {}
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -109,25 +110,23 @@ class _Transport(Requests):
             Keepalive() if keepalive is None else keepalive,
         )
 
-    def _where(self, request: Any) -> Where:
+    def _address(self, request: Any) -> tuple[str, bytes, int | None, str | None]:
         url = request.url
-        return Where(url.scheme, url.raw_host, url.port, request.extensions.get("sni_hostname"))
+        return url.scheme, url.raw_host, url.port, request.extensions.get("sni_hostname")
+
+    def _target(self, request: Any) -> bytes:
+        given: bytes | None = request.extensions.get("target")
+        target: bytes = request.url.raw_path if given is None else given
+        return target
 
     def _fields(self, request: Any) -> list[tuple[bytes, bytes]]:
         fields: list[tuple[bytes, bytes]] = request.headers.raw
         return fields
 
     def _head(self, request: Any, where: Where, given: Forwarded) -> Head:
-        url = request.url
         method = request.method.encode("ascii", "replace")
-        target = request.extensions.get("target")
-        return self._connections.head(
-            method,
-            origin_of(*where),
-            given.host or url.netloc,
-            url.raw_path if target is None else target,
-            given.fields,
-        )
+        authority = given.host or request.url.netloc
+        return self._connections.head(method, origin_of(*where), authority, self._target(request), given.fields)
 
     def _response(self, stream: AnyStream, body: Any) -> Any:
         return self._library.response(

@@ -235,6 +235,46 @@ class TestTheWire:
         assert not {"connection", "keep-alive", "transfer-encoding", "upgrade", "host"} & set(names)
         assert names == [name.lower() for name in names]
 
+    async def test_requests_that_are_nearly_alike(self, library: Library) -> None:
+        """What is known of one is not taken for the other's."""
+        async with RawServer.listen() as server, library.client(http1=False) as client:
+            server.serve(answering())
+            wanted = []
+            for _ in range(2):
+                for method, path, host, token, body in [
+                    ("POST", "/a", "one.example", "1", b"x"),
+                    ("POST", "/a", "one.example", "1", b"xyz"),
+                    ("POST", "/a", "one.example", "1", b""),
+                    ("PUT", "/a", "one.example", "1", b"x"),
+                    ("POST", "/a?b", "one.example", "1", b"x"),
+                    ("POST", "/a", "two.example", "1", b"x"),
+                    ("POST", "/a", "one.example", "2", b"x"),
+                ]:
+                    headers = {"Host": host, "X-Token": token}
+                    await client.request(method, server.url + path, headers=headers, content=body)
+                    wanted.append([method, host, path, token, str(len(body)), len(body)])
+            names = (":method", ":authority", ":path", "x-token", "content-length")
+            requests = list(server.peers[0].requests.values())
+        assert [[*map(request.headers.get, names), len(request.body)] for request in requests] == wanted
+
+    async def test_many_different_requests(self, library: Library) -> None:
+        async with RawServer.listen() as server, library.client(http1=False) as client:
+            server.serve(answering())
+            for number in range(300):
+                await client.get(f"{server.url}/{number}", headers={"x-long": "x" * (5_000 if number % 2 else 0)})
+            requests = list(server.peers[0].requests.values())
+            assert len(client._transport._known) < 256
+        assert [request.headers[":path"] for request in requests] == [f"/{number}" for number in range(300)]
+
+    @pytest.mark.parametrize("length", ["x", "", "1" * 19, "+1"])
+    async def test_a_length_that_is_none(self, library: Library, length: str) -> None:
+        async with RawServer.listen() as server, library.client(http1=False) as client:
+            server.serve(answering())
+            for _ in range(2):
+                with pytest.raises(h2keep.LocalProtocolError, match="content-length"):
+                    await client.get(server.url, headers={"content-length": length})
+                assert (await client.get(server.url, headers={"content-length": "0"})).status_code == 200
+
     async def test_a_request_without_a_body_ends_with_its_head(self, library: Library) -> None:
         async with RawServer.listen() as server, library.client(http1=False) as client:
             server.serve(answering())
