@@ -89,8 +89,12 @@ class Exchange(ABC):
             stream = self._lease.pool().open_now(self._request)
             if stream is None:
                 self._loop.spawn(self._open_in_turn)
-            else:
-                self._attach(stream)
+                return
+            self._stream = stream
+            stream.wake_by(self._ring)
+            # Nothing else can have come yet.
+            if stream.error is not None:
+                self._advance()
         except Exception as error:  # noqa: BLE001
             # Whatever it was is the caller's to know.
             self._fail(error)
@@ -144,7 +148,21 @@ class Exchange(ABC):
             self._fail(error)
         self._wake_if_served()
 
+    def _take_over_whole(self, stream: Http2Stream) -> bool:
+        """Take over a body that is all there, and its end, in one step; whether that could be done."""
+        whole = stream.take_whole()
+        if whole is None:
+            return False
+        if whole:
+            self._came = len(whole)
+            self._chunks.append(whole)
+        self.trailers = stream.trailers
+        self._ended = True
+        return True
+
     def _take_over(self, stream: Http2Stream) -> None:
+        if not self._came and self._take_over_whole(stream):
+            return
         while self._came - self._taken < _MOST_UNTAKEN:
             data = stream.poll()
             if data is None:
@@ -218,7 +236,9 @@ class Exchange(ABC):
         """As `Http2Stream.take_whole`."""
         if not self._ended or self._closed or self._taken:
             return None
-        data = self._take()
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._taken = len(data)
         self.close()
         return data
 
