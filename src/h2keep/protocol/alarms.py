@@ -1,6 +1,6 @@
 """The clocks of many streams behind one deadline.
 
-A heap of (time, stream), at most one live entry a stream. Moving a stream's deadline later costs nothing: its entry
+A heap of (time, stream id), at most one live entry a stream. Moving a stream's deadline later costs nothing: its entry
 is looked at when it comes up and put back. Streams that ended leave their entry behind; when these outnumber the
 living the heap is rebuilt, so a request costs O(log n) whatever its timeout (no scan of all streams on any event).
 """
@@ -11,18 +11,25 @@ import heapq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from h2keep.protocol.stream import Stream
 
 __all__ = ["Alarms"]
 
 
 class Alarms:
-    """When to look at which stream's read and write clocks (K21)."""
+    """When to look at which stream's read and write clocks (K21).
 
-    __slots__ = ("_heap", "_live")
+    `streams` are the connection's. Entries that name them by number alone keep no stream alive that is over, and are
+    nothing for the garbage collector to go through while thousands of requests wait.
+    """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Stream]] = []
+    __slots__ = ("_heap", "_live", "_streams")
+
+    def __init__(self, streams: Mapping[int, Stream]) -> None:
+        self._streams = streams
+        self._heap: list[tuple[float, int]] = []
         self._live = 0
 
     def arm(self, stream: Stream, at: float) -> bool:
@@ -32,11 +39,16 @@ class Alarms:
         elif stream.alarm <= at:
             return False
         stream.alarm = at
-        heapq.heappush(self._heap, (at, stream.id, stream))
+        heapq.heappush(self._heap, (at, stream.id))
         if len(self._heap) > 2 * self._live + 64:
-            self._heap = [entry for entry in self._heap if entry[2].alarm == entry[0]]
+            self._heap = [entry for entry in self._heap if self._is_live(entry)]
             heapq.heapify(self._heap)
-        return self._heap[0][2] is stream
+        return self._heap[0][1] == stream.id
+
+    def _is_live(self, entry: tuple[float, int]) -> bool:
+        at, stream_id = entry
+        stream = self._streams.get(stream_id)
+        return stream is not None and stream.alarm == at
 
     def disarm(self, stream: Stream) -> None:
         """The stream is over."""
@@ -47,7 +59,7 @@ class Alarms:
     def next_deadline(self) -> float | None:
         """When to call `due`; may be too early, never too late."""
         heap = self._heap
-        while heap and heap[0][2].alarm != heap[0][0]:
+        while heap and not self._is_live(heap[0]):
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
@@ -55,7 +67,7 @@ class Alarms:
         """The streams whose read or write deadline has passed."""
         expired = []
         while (first := self.next_deadline()) is not None and first <= now:
-            stream = heapq.heappop(self._heap)[2]
+            stream = self._streams[heapq.heappop(self._heap)[1]]
             self.disarm(stream)
             deadline = stream.deadline()
             if deadline is None:

@@ -111,10 +111,10 @@ class Connection:
         make_engine = engine_named(engine)
         self._engine: Engine = make_engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
         self._outbox = Outbox(self._engine)
-        self._alarms = Alarms()
         #: What `next_event` takes from, for whoever finds a call an event dear.
         self.waiting_events: deque[events.Event] = deque()
         self._streams: dict[int, Stream] = {}
+        self._alarms = Alarms(self._streams)
         self._next_stream_id = 1
         self._held_slots = 0
         self._unread = 0
@@ -632,8 +632,6 @@ class Connection:
 
     def _forget(self, stream: Stream) -> None:
         self._take_unread(stream, len(stream.buffer))
-        # An alarm that was set may hold the stream for long, but nobody reads these bytes any more.
-        stream.buffer = b""
         del self._streams[stream.id]
 
     def _take_unread(self, stream: Stream, amount: int) -> None:
