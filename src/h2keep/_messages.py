@@ -283,7 +283,7 @@ class BaseClient:
         extensions: Mapping[str, Any] | None = None,
     ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's head, its body and its timeouts."""
-        if extensions or params or not (type(headers) is dict or headers == ()):
+        if extensions or params or type(url) is not str or not (type(headers) is dict or headers == ()):
             known = self._look_at(method, url, params, headers, extensions)
         else:
             known = self._look_up(method, url, headers)
@@ -299,8 +299,9 @@ class BaseClient:
         key = method, url, *(headers.items() if headers else ())
         try:
             known = self._known.get(key)
-        except TypeError:
-            # Something in there is nothing that a request is made of.
+        except (TypeError, BytesWarning):
+            # Something in there is nothing that a request is made of; or Python was told to mind that text and bytes are
+            # compared, as a table does with names that are the one here and the other there.
             return self._look_at(method, url, None, headers, None)
         if known is None:
             known = self._look_at(method, url, None, headers, None)
