@@ -13,6 +13,7 @@ import pytest
 from hyperframe import frame as frames
 
 import h2keep
+from h2keep import _messages
 from support.clock import virtual_time
 from support.raw import RawServer, answering, task_group
 
@@ -169,7 +170,12 @@ async def test_what_is_remembered_of_requests_is_bounded(client: h2keep.AsyncCli
         "GET", "https://example.com/", None, None, None, {"x-some": "1"}, ..., {"sni_hostname": "a.example"}
     )
     client._prepare("GET", "https://example.com/", None, None, {"some": 1}, (), ..., None)
+    long = 5_000 * "x"
+    parsed = _messages._parse_url.cache_info().misses
+    for url in (f"https://example.com/?{long}", f"https://example.com/#{long}", f"https://example.com/{long}"):
+        client._prepare("GET", url)
     assert len(client._known) == before
+    assert _messages._parse_url.cache_info().misses == parsed
 
 
 @pytest.mark.parametrize("headers", [{"x-list": ["1"]}, {"x-number": 1}, {1: "x"}])
