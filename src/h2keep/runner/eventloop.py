@@ -218,12 +218,12 @@ class AsyncioLoop(EventLoop):
             self._tasks.discard(task)
             ended()
 
-        # In the task's own context: the caller's would live as long as the task.
-        task.add_done_callback(over, context=context)
+        # The caller's context would live as long as the task.
+        task.add_done_callback(over, context=self.callback_context)
 
     def call_from_thread(self, run: Callable[[], object]) -> None:
         """EventLoop."""
-        self.native.call_soon_threadsafe(run)
+        self.native.call_soon_threadsafe(run, context=self.callback_context)
 
     def is_dead(self) -> bool:
         """EventLoop."""
