@@ -268,8 +268,8 @@ class Http2Stream:
 
     def give_up(self) -> None:
         """Whoever has the response forgot it. From any thread, at any moment; takes no lock and doesn't wait."""
-        # After an error nothing is open; and after a fork or its loop's end there is one.
-        if not self._released and self.error is None:
+        # A request that failed is open no more, but its connection still counts it as unread.
+        if not (self._released or self._connection.reaped):
             # RuntimeError: the loop has ended, and the stream with it.
             with contextlib.suppress(RuntimeError):
                 self._connection.loop.call_from_thread(self.close)
