@@ -57,7 +57,7 @@ _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
-#: How many heads a client remembers, and the most bytes that there may be in one.
+#: How many heads a client remembers, and the most bytes that there may be in one and its URL.
 _MOST_KNOWN = 256
 _LONGEST_KNOWN = 4_096
 _OUR_FIELDS = [(b"user-agent", b"h2keep"), (b"accept", b"*/*")]
@@ -283,7 +283,7 @@ class BaseClient:
         extensions: Mapping[str, Any] | None = None,
     ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
         """The request's head, its body and its timeouts."""
-        if extensions or params or not (type(headers) is dict or headers == ()):
+        if extensions or params or type(url) is not str or not (type(headers) is dict or headers == ()):
             known = self._look_at(method, url, params, headers, extensions)
         else:
             known = self._look_up(method, url, headers)
@@ -299,12 +299,12 @@ class BaseClient:
         key = method, url, *(headers.items() if headers else ())
         try:
             known = self._known.get(key)
-        except TypeError:
-            # Something in there is nothing that a request is made of.
+        except (TypeError, BytesWarning):
+            # Something in there is nothing that a request is made of; or text meets bytes, under python -bb.
             return self._look_at(method, url, None, headers, None)
         if known is None:
             known = self._look_at(method, url, None, headers, None)
-            if sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
+            if len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
                 self._known[key] = known
@@ -343,7 +343,8 @@ def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, byte
     """The origin, the authority and the target."""
     if not isinstance(url, str):
         raise TypeError(f"url: {url!r} is not a str")
-    origin, authority, target = _parse_url(url)
+    parse = _parse_url if len(url) <= _LONGEST_KNOWN else _parse_url.__wrapped__
+    origin, authority, target = parse(url)
     if params:
         target += (b"&" if b"?" in target else b"?") + urlencode(params, doseq=True).encode("ascii")
     return origin, authority, target

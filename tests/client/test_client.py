@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import httpx2
 import pytest
 from hyperframe import frame as frames
 
 import h2keep
+from h2keep import _messages
 from support.clock import virtual_time
 from support.raw import RawServer, answering, task_group
 
@@ -167,7 +170,12 @@ async def test_what_is_remembered_of_requests_is_bounded(client: h2keep.AsyncCli
         "GET", "https://example.com/", None, None, None, {"x-some": "1"}, ..., {"sni_hostname": "a.example"}
     )
     client._prepare("GET", "https://example.com/", None, None, {"some": 1}, (), ..., None)
+    long = 5_000 * "x"
+    parsed = _messages._parse_url.cache_info().misses
+    for url in (f"https://example.com/?{long}", f"https://example.com/#{long}", f"https://example.com/{long}"):
+        client._prepare("GET", url)
     assert len(client._known) == before
+    assert _messages._parse_url.cache_info().misses == parsed
 
 
 @pytest.mark.parametrize("headers", [{"x-list": ["1"]}, {"x-number": 1}, {1: "x"}])
@@ -184,6 +192,25 @@ async def test_headers_that_are_none_are_refused_although_the_rest_is_known(
     client._prepare("GET", "https://example.com/")
     with pytest.raises(TypeError, match="neither a mapping nor pairs"):
         await client.get("https://example.com/", headers=headers)
+
+
+async def test_a_url_that_is_no_str_is_refused_although_it_equals_one_that_is_known(client: h2keep.AsyncClient) -> None:
+    client._prepare("GET", "https://example.com/")
+    with pytest.raises(TypeError, match=r"url: .* is not a str"):
+        await client.get(httpx2.URL("https://example.com/"))  # type: ignore[arg-type]
+
+
+async def test_where_text_and_bytes_must_not_be_compared_headers_may_be_both() -> None:
+    script = """
+import h2keep
+client = h2keep.AsyncClient(http1=False, verify=False)
+for headers in ({"x-a": "1"}, {b"x-a": b"1"}, {"x-a": b"1"}, {b"x-a": "1"}):
+    for _ in range(2):
+        head, _, _ = client._prepare("GET", "http://example.com/", headers=headers)
+        assert (b"x-a", b"1") in head.fields
+"""
+    with anyio.fail_after(30):
+        await anyio.run_process([sys.executable, "-bb", "-c", script], stderr=None)
 
 
 async def test_without_a_body_the_head_ends_the_stream(server: RawServer, client: h2keep.AsyncClient) -> None:

@@ -146,3 +146,7 @@ def test_a_memory_keeps_neither_lengths_nor_long_values_and_is_bounded() -> None
         ask(number)
         assert len(memory._good) <= 1_024
         assert len(memory._heads) <= 1_024
+    before = len(memory._heads)
+    target = b"/" + 5_000 * b"x"
+    assert memory.request_fields(b"GET", b"https", b"example.com", target, [])[0][-1] == (b":path", target)
+    assert len(memory._heads) == before

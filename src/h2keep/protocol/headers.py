@@ -71,6 +71,8 @@ class FieldMemory:
     _MOST = 1_024
     #: Values longer than this, in bytes, are rarely those of the next request.
     _LONGEST = 256
+    #: Nor are those of targets longer than this.
+    _LONGEST_TARGET = 4_096
 
     def __init__(self) -> None:
         self._good: set[tuple[bytes, bytes]] = set()
@@ -84,9 +86,10 @@ class FieldMemory:
         known = self._heads.get(key)
         if known is None:
             known = _head(*key)
-            if len(self._heads) >= self._MOST:
-                self._heads.clear()
-            self._heads[key] = known
+            if len(target) <= self._LONGEST_TARGET:
+                if len(self._heads) >= self._MOST:
+                    self._heads.clear()
+                self._heads[key] = known
         head = known.copy()
         good, content_length = self._good, None
         for field in fields:

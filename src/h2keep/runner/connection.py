@@ -200,7 +200,8 @@ class Http2Connection:
         self.last_request_at: float | None = None
         #: Its event loop ended before it did.
         self.orphaned = False
-        self._reaped = False
+        #: Its event loop is dead, or another process's.
+        self.reaped = False
         self.driver: Driver
         self.stats = ConnectionStats(self)
         self._owner = owner
@@ -311,7 +312,7 @@ class Http2Connection:
 
     def reap(self, reason: str) -> None:
         """It can't be used any more, nor closed in good order: its event loop is dead, or another process's."""
-        self._reaped = True
+        self.reaped = True
         error = ConnectionLost(f"{self.origin}: {reason}")
         for stream in self._streams.values():
             stream.error = error
@@ -343,7 +344,7 @@ class Http2Connection:
 
     def take_whole(self, stream: Http2Stream) -> bytes | None:
         """As `read`, then `release`, of a stream that is over in both directions; None if it isn't."""
-        if self._reaped:
+        if self.reaped:
             return None
         data = self.protocol.take_whole(stream.id)
         if data is not None:
@@ -354,7 +355,7 @@ class Http2Connection:
     def release(self, stream: Http2Stream) -> None:
         """The stream's task is done with it."""
         # What has moved to another connection since may bear the number of one that is open here.
-        if self._reaped or self._streams.get(stream.id) is not stream:
+        if self.reaped or self._streams.get(stream.id) is not stream:
             return
         del self._streams[stream.id]
         if self.protocol.release(stream.id, self.loop.time()):

@@ -455,7 +455,8 @@ class CallbackDriver(SocketDriver):
         if sent is _BLOCKED:
             if not self._blocked:
                 self._blocked = True
-                self._asyncio.add_writer(self._socket, self._run, self._write)
+                # A request's task may be what writes, and in its context, but for itself, anyio knows no event loop.
+                self._context.copy().run(self._asyncio.add_writer, self._socket, self._run, self._write)
             return
         if self._blocked and not self._stopped:
             self._blocked = False

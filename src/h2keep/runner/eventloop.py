@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["AsyncioLoop", "EventLoop", "Parker", "current", "native_loop"]
 
 
+_BUSY = "two tasks wait for the same thing, a response for instance, which is for one of them alone"
+
+
 class Parker(ABC):
     """A wake-up for one task, in the manner of a thread's park and unpark.
 
@@ -38,7 +41,10 @@ class Parker(ABC):
 
     @abstractmethod
     def park(self) -> Awaitable[None]:
-        """Wait for a wake-up; may be spurious. No checkpoint if one is kept. To be awaited at once."""
+        """Wait for a wake-up; may be spurious. No checkpoint if one is kept. To be awaited at once.
+
+        Raises RuntimeError if another task waits: one of the two would never be woken.
+        """
 
 
 class EventLoop(ABC):
@@ -114,6 +120,8 @@ class _AsyncioParker(Parker):
         if self._permit:
             self._permit = False
             return _NOTHING
+        if self._future is not None and not self._future.done():
+            raise RuntimeError(_BUSY)
         self._future = self._loop.create_future()
         return self._future
 
@@ -210,12 +218,12 @@ class AsyncioLoop(EventLoop):
             self._tasks.discard(task)
             ended()
 
-        # In the task's own context: the caller's would live as long as the task.
-        task.add_done_callback(over, context=context)
+        # The caller's context would live as long as the task.
+        task.add_done_callback(over, context=self.callback_context)
 
     def call_from_thread(self, run: Callable[[], object]) -> None:
         """EventLoop."""
-        self.native.call_soon_threadsafe(run)
+        self.native.call_soon_threadsafe(run, context=self.callback_context)
 
     def is_dead(self) -> bool:
         """EventLoop."""
@@ -241,6 +249,8 @@ class _TrioParker(Parker):
 
     async def park(self) -> None:
         if not self._permit:
+            if self._task is not None:
+                raise RuntimeError(_BUSY)
             lowlevel = sys.modules["trio"].lowlevel
             self._task = lowlevel.current_task()
 

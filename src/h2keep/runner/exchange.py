@@ -60,6 +60,7 @@ class Exchange(ABC):
         self._rung = False
         self._scope: anyio.CancelScope | None = None
         # Written by the caller's side alone.
+        self._answered = False
         self._taken = 0
         self._abandoned = False
         # Set by the caller's side, cleared by whoever wakes it.
@@ -166,7 +167,7 @@ class Exchange(ABC):
         while self._came - self._taken < _MOST_UNTAKEN:
             data = stream.poll()
             if data is None:
-                if self._waiting and self._came == self._taken:
+                if self._waiting and self._blocked():
                     stream.await_data()
                 return
             if not data:
@@ -208,10 +209,10 @@ class Exchange(ABC):
             raise ReadError("the event loop that this request belongs to is no more, or is another process's")
 
     def _blocked(self) -> bool:
-        """Whether there is nothing to take."""
+        """Whether there is nothing to take: neither the response's head nor, once the caller has that, body bytes."""
         if self.error is not None or self._ended or self._closed:
             return False
-        return self.status is None or self._came == self._taken
+        return self._came == self._taken if self._answered else self.status is None
 
     def _take(self) -> bytes | None:
         """The bytes that wait; b"" at the end; None if there is nothing yet. Raises what the request failed with."""
@@ -289,6 +290,7 @@ class BlockingExchange(Exchange):
                     self._wait(self._advance)
             if self.status is None and self.error is not None:
                 raise _own(self.error)
+            self._answered = True
         except BaseException:
             self.close()
             raise
@@ -395,6 +397,7 @@ class AwaitableExchange(Exchange):
                 job = self._advance
             if self.status is None and self.error is not None:
                 raise _own(self.error)
+            self._answered = True
         except BaseException:
             self.close()
             raise

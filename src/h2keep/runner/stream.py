@@ -212,6 +212,9 @@ class Http2Stream:
         if data is not None:
             self._released = True
             self._wake = None
+            if self._upload_scope is not None:
+                # The connection wants no more of the body, but its iterator may be in the middle of a long wait.
+                self._upload_scope.cancel()
         return data
 
     def wake_by(self, wake: Callable[[], None]) -> None:
@@ -265,8 +268,8 @@ class Http2Stream:
 
     def give_up(self) -> None:
         """Whoever has the response forgot it. From any thread, at any moment; takes no lock and doesn't wait."""
-        # After an error nothing is open; and after a fork or its loop's end there is one.
-        if not self._released and self.error is None:
+        # A request that failed is open no more, but its connection still counts it as unread.
+        if not (self._released or self._connection.reaped):
             # RuntimeError: the loop has ended, and the stream with it.
             with contextlib.suppress(RuntimeError):
                 self._connection.loop.call_from_thread(self.close)
@@ -299,7 +302,12 @@ class Http2Stream:
         self._upload_scope = None
 
     def _give_up(self, failure: BaseException) -> None:
+        if self.ended and isinstance(failure, Exception):
+            # The response stands (K8): whoever is done with it ends the upload as well.
+            return
         self._upload_failure = failure
+        # What waits of the response goes with the stream.
+        self.ended = False
         self._connection.release(self)
         self.wake()
 
