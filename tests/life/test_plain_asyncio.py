@@ -50,6 +50,15 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_stuck(driver: Any) -> None:
+    """Until the kernel takes no more, which it does again for a while as long as bytes are on their way."""
+    written, since = -1, 0.0
+    while not (driver._blocked and driver._written == written and time.monotonic() - since > 0.1):
+        if driver._written != written:
+            written, since = driver._written, time.monotonic()
+        await asyncio.sleep(0.001)
+
+
 def test_a_forgotten_response_leaves_a_connection_that_is_unused_and_expires() -> None:
     async def main() -> None:
         client = h2keep.AsyncClient(http1=False, limits=h2keep.Limits(keepalive_expiry=0.01))
@@ -79,7 +88,7 @@ def test_a_client_that_is_closed_in_another_thread_ends_what_runs_here() -> None
 
 
 def test_k24_what_waits_behind_a_blocked_upload_moves_when_the_writer_finds_the_connection_dead() -> None:
-    die = threading.Event()
+    stopped, die = threading.Event(), threading.Event()
 
     async def first_dies(peer: Peer) -> None:
         if len(server.peers) > 1:
@@ -89,6 +98,7 @@ def test_k24_what_waits_behind_a_blocked_upload_moves_when_the_writer_finds_the_
         await peer.respond(request.stream_id)
         await peer.request()
         peer.stop_reading()
+        stopped.set()
         await anyio.to_thread.run_sync(die.wait)
         # The reader has something to read, so it is the writer who sees the end.
         await peer.send(frames.PingFrame(0, b"farewell"))
@@ -101,7 +111,8 @@ def test_k24_what_waits_behind_a_blocked_upload_moves_when_the_writer_finds_the_
             (pool,) = client._connections._pools.values()
             (connection,) = pool._states
             driver: Any = connection.driver
-            await until(lambda: driver._blocked)
+            await until(stopped.is_set)
+            await until_stuck(driver)
             others = [asyncio.create_task(client.get(server.url)) for _ in range(3)]
             await until(lambda: connection.requests == 5)
             die.set()
