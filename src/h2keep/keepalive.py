@@ -21,6 +21,8 @@ _MAX_UNVERIFIED_AFTER = 30.0
 #: connections share a wake-up (K15). A power of two, which makes rounding exact.
 _ROOM_TO_ROUND = 0.0625
 _TICKS = 64
+#: Longer intervals, in seconds, are none to a clock: beyond it moments are too far apart for sums.
+_FOREVER = 2.0**40
 #: What the reader gets between a PING's deadline and the judgement, in seconds (K7).
 _JUDGEMENT = 0.02
 #: A deadline handled later than this was slept or blocked through by ourselves, in seconds (K7).
@@ -164,10 +166,9 @@ class KeepaliveTimer:
         # Up to here there is no other unknown life.
         self._looked_at = now
         self._silent_since = now
-        self._least_interval = (1 - policy.jitter) * (self.interval or 0.0)
-        self._spread = (self.interval or 0.0) - self._least_interval
-        # The silence's jittered interval: its place between the bounds, and its length in ticks.
-        # Drawn when it is needed, since most silences end before that.
+        self._bound_interval()
+        # The silence's jittered interval: its place between the bounds, drawn when it is needed, since most silences
+        # end before that; and its length in ticks.
         self._share: float | None = None
         self._ticks = 0
         self._judge_at = now
@@ -287,8 +288,7 @@ class KeepaliveTimer:
         if self.policy.read_idle_timeout is None:
             return
         self.interval = max(read_idle_timeout, self.policy.read_idle_timeout)
-        self._least_interval = (1 - self.policy.jitter) * self.interval
-        self._spread = self.interval - self._least_interval
+        self._bound_interval()
         if self._share is not None:
             self._use_share(self._share)
         self._take_in_life()
@@ -424,6 +424,12 @@ class KeepaliveTimer:
         if self.interval is None:
             return False
         return self.open_streams > 0 or (self.policy.while_idle and not self._going_away)
+
+    def _bound_interval(self) -> None:
+        """Set the bounds between which K15 draws."""
+        interval = min(self.interval or 0.0, _FOREVER)
+        self._least_interval = (1 - self.policy.jitter) * interval
+        self._spread = interval - self._least_interval
 
     def _use_share(self, share: float) -> None:
         """Choose a silence's jittered interval by its place between the bounds (K15)."""

@@ -76,6 +76,19 @@ def test_k1_defaults() -> None:
     assert dataclasses.astuple(Keepalive()) == (30.0, 15.0, False, 0.1)
 
 
+@pytest.mark.parametrize("jitter", [0.0, 0.1])
+def test_k1_a_time_that_never_comes_may_be_as_long_as_floats_are(jitter: float) -> None:
+    timer = make(Keepalive(read_idle_timeout=1e308, ping_timeout=1e308, jitter=jitter))
+    assert timer.handle_timeout(1e9) is NOTHING
+    timer.note_life(1e9)
+    deadline = timer.next_deadline()
+    assert deadline is not None
+    assert deadline > 9e11
+    assert timer.handle_timeout(deadline) is NOTHING
+    timer.use_interval(1.5e308)
+    assert timer.interval == 1.5e308
+
+
 def test_k1_policy_is_frozen() -> None:
     policy = Keepalive()
     with pytest.raises(dataclasses.FrozenInstanceError):
