@@ -41,7 +41,7 @@ _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
 #: As `_library` names the other phases that `trace` is told of.
 _HEAD = "http2.receive_response_headers"
-#: How many kinds of requests are remembered, and the most bytes that there may be in the fields of one.
+#: How many kinds of requests are remembered, and the most bytes that there may be in the target and fields of one.
 _MOST_KNOWN = 256
 _LONGEST_KNOWN = 4_096
 _LENGTH_NAMES = (b"Content-Length", b"content-length")
@@ -97,11 +97,12 @@ class Requests(ABC):
         if fields and fields[-1][0] in _LENGTH_NAMES:
             *fields, (_, length) = fields
         address = self._address(request)
-        key = request.method, self._target(request), *address, *fields
+        target = self._target(request)
+        key = request.method, target, *address, *fields
         known = self._known.get(key)
         if known is None:
             known = _Known(Where(*address), forwarded(fields))
-            if sum(map(len, itertools.chain.from_iterable(fields))) <= _LONGEST_KNOWN:
+            if len(target) + sum(map(len, itertools.chain.from_iterable(fields))) <= _LONGEST_KNOWN:
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
                 self._known[key] = known

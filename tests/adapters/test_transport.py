@@ -266,6 +266,16 @@ class TestTheWire:
             assert len(client._transport._known) < 256
         assert [request.headers[":path"] for request in requests] == [f"/{number}" for number in range(300)]
 
+    @pytest.mark.parametrize("long", ["url", "field"])
+    async def test_long_requests_are_not_remembered(self, library: Library, long: str) -> None:
+        async with RawServer.listen() as server, library.client(http1=False) as client:
+            server.serve(answering())
+            text = "x" * 5_000
+            url, headers = (f"{server.url}/{text}", {}) if long == "url" else (server.url, {"x-long": text})
+            for _ in range(2):
+                assert (await client.get(url, headers=headers)).status_code == 200
+            assert client._transport._known == {}
+
     @pytest.mark.parametrize("length", ["x", "", "1" * 19, "+1"])
     async def test_a_length_that_is_none(self, library: Library, length: str) -> None:
         async with RawServer.listen() as server, library.client(http1=False) as client:
