@@ -32,6 +32,7 @@ __all__ = [
     "UNDERSTOOD",
     "WINDOW_UPDATE",
     "data_run",
+    "frame",
     "frame_header",
     "header_frames",
     "objection_to_greeting",
@@ -64,6 +65,11 @@ unpack_header = _HEADER.unpack_from
 def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """A frame up to its payload."""
     return _HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
+
+
+def frame(kind: int, flags: int, stream_id: int, body: bytes) -> bytes:
+    """A whole frame."""
+    return frame_header(len(body), kind, flags, stream_id) + body
 
 
 #: All that an unused connection gets, up to its payload of 8 bytes.

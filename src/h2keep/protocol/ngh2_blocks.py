@@ -38,11 +38,14 @@ from h2keep.protocol.framing import (
     MAX_HEADER_BLOCK,
     RST_STREAM,
     SETTINGS,
+    frame,
     frame_header,
     unpack_header,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from h2keep.protocol.events import Headers
 
 __all__ = ["FINAL", "BrokenBlock", "Exchange", "HeaderBlocks", "Message"]
@@ -97,8 +100,8 @@ _LONGEST_KNOWN = 1_024
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
-_StatusLed = ngh2.ResponseReceived, ngh2.InformationalResponseReceived
-_MESSAGES = frozenset({*_StatusLed, ngh2.TrailersReceived})
+_STATUS_LED = ngh2.ResponseReceived, ngh2.InformationalResponseReceived
+_MESSAGES = frozenset({*_STATUS_LED, ngh2.TrailersReceived})
 
 
 def _check_version() -> None:
@@ -194,7 +197,7 @@ class HeaderBlocks:
 
     def resize(self, allowed: int) -> None:
         """The peer's SETTINGS name the size that the encoder's table may have, in bytes."""
-        self._session.receive_data(_frame(SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, allowed)))
+        self._session.receive_data(frame(SETTINGS, 0, 0, _SETTING.pack(_HEADER_TABLE_SIZE, allowed)))
         self._session.data_to_send()
         self._session.events()
         self._requests.clear()
@@ -223,12 +226,10 @@ class HeaderBlocks:
             self._feed(exchange.number, _OK, end_stream=False)
             exchange.judged = True
         event = self._feed(exchange.number, block, end_stream)
-        changes = _changes_table(block)
-        if changes:
-            self.responses.clear()
+        changes = self._forget_if_moved(block)
         if event is None:
             return None
-        if type(event) not in _StatusLed:
+        if type(event) not in _STATUS_LED:
             return Message(0, list(event.headers), None)
         # Validated: `:status` comes first and is the only pseudo-field.
         (_, code), *fields = event.headers
@@ -244,8 +245,7 @@ class HeaderBlocks:
         Raises `BrokenBlock`.
         """
         self._feed(self._over, block, end_stream=False)
-        if _changes_table(block):
-            self.responses.clear()
+        self._forget_if_moved(block)
 
     def end(self, exchange: Exchange) -> None:
         """The exchange is over."""
@@ -276,6 +276,13 @@ class HeaderBlocks:
             session.events()
         return None
 
+    def _forget_if_moved(self, block: bytes) -> bool:
+        """Whether the block has changed the decoder's table, by which what is known of blocks is no longer true."""
+        changes = _changes_table(block)
+        if changes:
+            self.responses.clear()
+        return changes
+
     # nghttp2's exchanges
 
     def _begin(self, method: bytes) -> int:
@@ -299,27 +306,27 @@ def _started() -> ngh2.Connection:
     session = ngh2.Connection(ngh2.Role.CLIENT, _CONFIGURATION)
     session.initiate_connection(_SETTINGS_WITHIN)
     session.set_local_window_size(LARGEST_WINDOW)
-    session.receive_data(_frame(SETTINGS, 0, 0, b"") + _frame(SETTINGS, ACK, 0, b""))
+    session.receive_data(frame(SETTINGS, 0, 0, b"") + frame(SETTINGS, ACK, 0, b""))
     session.data_to_send()
     session.events()
     return session
-
-
-def _frame(kind: int, flags: int, stream_id: int, body: bytes) -> bytes:
-    return frame_header(len(body), kind, flags, stream_id) + body
 
 
 def _payload(frames: bytes) -> bytes:
     """The block that HEADERS and its CONTINUATIONs hold."""
     if len(frames) <= 9 + MAX_FRAME_SIZE:
         return frames[9:]
-    parts, start = [], 0
+    return b"".join([body for _, body in _cut(frames)])
+
+
+def _cut(frames: bytes) -> Iterator[tuple[int, bytes]]:
+    """Frames' types and payloads."""
+    start = 0
     while start < len(frames):
-        high, low, _, _, _ = unpack_header(frames, start)
+        high, low, kind, _, _ = unpack_header(frames, start)
         stop = start + 9 + ((high << 8) | low)
-        parts.append(frames[start + 9 : stop])
+        yield kind, frames[start + 9 : stop]
         start = stop
-    return b"".join(parts)
 
 
 def _remember(memory: dict[_Key, _Value], key: _Key, value: _Value, size: int) -> None:
@@ -338,15 +345,10 @@ def _without_sizes(block: bytes) -> bytes:
 
 def _look_for_goaway(output: bytes) -> None:
     """nghttp2 gives up on the connection if it says so; an objection to a stream is put in our own words."""
-    start = 0
-    while start < len(output):
-        high, low, kind, _, _ = unpack_header(output, start)
-        stop = start + 9 + ((high << 8) | low)
+    for kind, body in _cut(output):
         if kind == GOAWAY:
-            _, error_code = _TWO_LONGS.unpack_from(output, start + 9)
-            reason = output[start + 17 : stop].decode("ascii", "replace")
-            raise BrokenBlock(error_code, reason or "a header block that can't be decoded")
-        start = stop
+            _, error_code = _TWO_LONGS.unpack_from(body)
+            raise BrokenBlock(error_code, body[8:].decode("ascii", "replace") or "a header block that can't be decoded")
 
 
 def _hiding(fields: tuple[tuple[bytes, bytes], ...]) -> Headers:

@@ -32,6 +32,7 @@ from h2keep.protocol.framing import (
     UNDERSTOOD,
     WINDOW_UPDATE,
     data_run,
+    frame,
     frame_header,
     header_frames,
     objection_to_greeting,
@@ -121,7 +122,7 @@ class Ngh2Engine:
             _ENABLE_CONNECT_PROTOCOL: 0,
             _MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK,
         }
-        self._out += [_PREFACE, _frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in settings.items()))]
+        self._out += [_PREFACE, frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in settings.items()))]
         self.send_window_update(0, connection_window - _DEFAULT_WINDOW)
 
     # Receiving
@@ -130,8 +131,11 @@ class Ngh2Engine:
         amid = self._partial or self._block_stream or not self._greeted
         if len(data) == 17 and data.startswith(PING_ACK) and not amid:
             self._handler.on_ping_acknowledged(data[9:])
-        else:
+            return
+        try:
             self._partial = parse_on(self._parse, self._partial, data)
+        except BrokenBlock as error:
+            self._fail(error.error_code, str(error), error.__cause__)
 
     def _parse(self, data: bytes, start: int) -> bytes:
         """Act on the frames from `start` on; what is left over, as the rest of its frame hasn't come."""
@@ -269,10 +273,7 @@ class Ngh2Engine:
         if known is not None and not (end_stream or stream.answered):
             self._receive_response(stream_id, stream, known)
             return
-        try:
-            message = self._blocks.judge(stream, block, end_stream)
-        except BrokenBlock as error:
-            self._fail(error.error_code, str(error), error.__cause__)
+        message = self._blocks.judge(stream, block, end_stream)
         if message is None:
             self._stream_error(stream_id, "header fields that HTTP/2 doesn't allow")
             return
@@ -331,7 +332,7 @@ class Ngh2Engine:
             if flags & ACK:
                 self._handler.on_ping_acknowledged(body)
             else:
-                self._out.append(_frame(PING, ACK, 0, body))
+                self._out.append(frame(PING, ACK, 0, body))
                 self._handler.on_reply_queued()
         elif kind == WINDOW_UPDATE:
             self._receive_credit(0, None, body)
@@ -366,7 +367,7 @@ class Ngh2Engine:
             self._initial_send_window = window
         if _HEADER_TABLE_SIZE in settings:
             self._blocks.resize(settings[_HEADER_TABLE_SIZE])
-        self._out.append(_frame(SETTINGS, ACK, 0, b""))
+        self._out.append(frame(SETTINGS, ACK, 0, b""))
         self._handler.on_reply_queued()
         self._handler.on_settings()
 
@@ -400,16 +401,10 @@ class Ngh2Engine:
         elif kind in (HEADERS, CONTINUATION):
             block = self._assemble(kind, flags, stream_id, body)
             if block is not None:
-                self._skim(block)
+                self._blocks.skim(block)
                 self._handler.on_discarded(0)
         else:
             self._fail(ErrorCode.PROTOCOL_ERROR, f"a frame of type {kind} on stream {stream_id}")
-
-    def _skim(self, block: bytes) -> None:
-        try:
-            self._blocks.skim(block)
-        except BrokenBlock as error:
-            self._fail(error.error_code, str(error), error.__cause__)
 
     def _note_end(self, stream_id: int, stream: _Stream) -> None:
         stream.received_end = True
@@ -455,7 +450,7 @@ class Ngh2Engine:
 
     def send_reset(self, stream_id: int, error_code: int) -> None:
         self.forget(stream_id)
-        self._out.append(_frame(RST_STREAM, 0, stream_id, _LONG.pack(error_code)))
+        self._out.append(frame(RST_STREAM, 0, stream_id, _LONG.pack(error_code)))
 
     def forget(self, stream_id: int) -> None:
         self._blocks.end(self._streams.pop(stream_id))
@@ -469,10 +464,10 @@ class Ngh2Engine:
             self._streams[stream_id].receive_window += increment
         else:
             self._receive_window += increment
-        self._out.append(_frame(WINDOW_UPDATE, 0, stream_id, _LONG.pack(increment)))
+        self._out.append(frame(WINDOW_UPDATE, 0, stream_id, _LONG.pack(increment)))
 
     def send_goaway(self, error_code: int, debug_data: bytes) -> None:
-        self._out.append(_frame(GOAWAY, 0, 0, _TWO_LONGS.pack(0, error_code) + debug_data))
+        self._out.append(frame(GOAWAY, 0, 0, _TWO_LONGS.pack(0, error_code) + debug_data))
 
     def send_window(self, stream_id: int) -> int:
         return self._streams[stream_id].send_window
@@ -489,7 +484,3 @@ class Ngh2Engine:
         data = b"".join(self._out)
         self._out.clear()
         return data
-
-
-def _frame(kind: int, flags: int, stream_id: int, body: bytes) -> bytes:
-    return frame_header(len(body), kind, flags, stream_id) + body
