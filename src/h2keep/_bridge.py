@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from h2keep import errors
 from h2keep._fallback import Where
-from h2keep.protocol.headers import CONNECTION_SPECIFIC
+from h2keep.protocol.headers import CONNECTION_SPECIFIC, check_fields
 from h2keep.runner.dial import Origin
 from h2keep.runner.limits import Limits
 from h2keep.runner.request import Head, Timeout
@@ -45,8 +45,6 @@ _HEAD = "http2.receive_response_headers"
 _MOST_KNOWN = 256
 _LONGEST_KNOWN = 4_096
 _LENGTH_NAMES = (b"Content-Length", b"content-length")
-#: Of a length, as for any other that goes on the wire.
-_MOST_DIGITS = 18
 
 
 @dataclass(slots=True)
@@ -117,9 +115,10 @@ class Requests(ABC):
         if length is None:
             return Head(origin, fields.copy(), declared)
         field = b"content-length", length
-        if declared is None and length.isdigit() and len(length) <= _MOST_DIGITS:
-            return Head(origin, [*fields, field], int(length))
-        # There is something wrong with it.
+        if declared is None:
+            fields = fields.copy()
+            return Head(origin, fields, check_fields([field], into=fields))
+        # Two of them, which must say the same.
         return self._head(request, known.where, known.given._replace(fields=[*known.given.fields, field]))
 
 

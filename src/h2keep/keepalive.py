@@ -371,9 +371,7 @@ class KeepaliveTimer:
         if self._phase is _QUIET:
             if self._pings_silence() and now >= self._ping_due(self._silent_since):
                 self._ping(_IDLE, now)
-                # As `_arm_anew` has it.
-                self._wake_at = min(self._judge_at, self._ping_due(now))
-                return _SEND_PING
+                verdict = _SEND_PING
         elif now >= self._judge_at:
             verdict = self._judge(now)
         self._arm_anew()

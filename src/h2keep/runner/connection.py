@@ -265,8 +265,7 @@ class Http2Connection:
     def verified(self) -> bool:
         """Whether it may be given a request at once (K9); looks at the clocks first (K25)."""
         now = self.loop.time()
-        if (gap := self._gaps.check(now)) is not UNBROKEN:
-            self._note_gap(*gap, now)
+        self._look_for_gap(now)
         return self.protocol.verified(now)
 
     def verify(self) -> bool:
@@ -376,8 +375,7 @@ class Http2Connection:
     def bytes_came(self, data: bytes) -> None:
         """Bytes from the socket: life first, unless they are a proxy's own (K2), then whatever they mean."""
         now = self.loop.time()
-        if (gap := self._gaps.check(now)) is not UNBROKEN:
-            self._note_gap(*gap, now)
+        self._look_for_gap(now)
         security = self.transport.security
         plaintext, closed = security.receive(data)
         heard = security.heard
@@ -427,8 +425,7 @@ class Http2Connection:
 
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
         """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""
-        if (gap := self._gaps.check(now)) is not UNBROKEN:
-            self._note_gap(*gap, now)
+        self._look_for_gap(now)
         if upload_progressed:
             self.protocol.note_upload_progress(now)
         self.protocol.handle_timeout(now)
@@ -438,7 +435,11 @@ class Http2Connection:
 
     # Inside
 
-    def _note_gap(self, gap: float, wall_jumped: bool, now: float) -> None:
+    def _look_for_gap(self, now: float) -> None:
+        found = self._gaps.check(now)
+        if found is UNBROKEN:
+            return
+        gap, wall_jumped = found
         if gap:
             log.debug("%s: %.1f s passed while the machine slept", self.origin, gap)
             self.protocol.note_gap(gap, now)
