@@ -41,6 +41,14 @@ class Upload:
         finally:
             self.closed.set()
 
+    async def fail(self, peer: Peer) -> None:
+        """Let it, once the peer's answer has been taken in, and wait until that has had its consequences."""
+        # The PING is acknowledged after what came before it.
+        await peer.ping()
+        self.go_on.set()
+        await self.closed.wait()
+        await anyio.lowlevel.checkpoint()
+
 
 @pytest.fixture
 async def server(leak_check: None) -> AsyncIterator[RawServer]:
@@ -93,11 +101,7 @@ async def test_an_iterator_that_fails_after_that_takes_nothing_of_the_response_a
         async with task_group() as tasks:
             tasks.start_soon(answer_early, server)
             async with client.stream("POST", server.url, content=upload.chunks()) as response:
-                # Its answer means that what came before has been taken in.
-                await server.peers[0].ping()
-                upload.go_on.set()
-                await upload.closed.wait()
-                await anyio.lowlevel.checkpoint()
+                await upload.fail(server.peers[0])
                 assert await response.aread() == b"enough"
                 assert response.stream_id == 1
                 await server.peers[0].ping()
@@ -111,10 +115,7 @@ async def test_nor_where_the_body_is_taken_as_a_whole(server: RawServer) -> None
         tasks.start_soon(answer_early, server)
         with anyio.fail_after(PATIENCE):
             async with client.stream("POST", server.url, content=upload.chunks()) as response:
-                await server.peers[0].ping()
-                upload.go_on.set()
-                await upload.closed.wait()
-                await anyio.lowlevel.checkpoint()
+                await upload.fail(server.peers[0])
                 assert await response.aread() == b"enough"
 
 
