@@ -24,7 +24,7 @@ from h2keep.protocol.flow import (
     ReceiveWindow,
 )
 from h2keep.protocol.h2_engine import H2Engine
-from h2keep.protocol.stream import Waiting
+from h2keep.protocol.stream import Stream, Waiting
 from support.pair import REQUEST, Pair, parse_frames
 
 OFF = Keepalive(read_idle_timeout=None)
@@ -224,7 +224,7 @@ def test_k23_push_is_off_from_the_first_byte_and_a_push_ends_the_connection() ->
     assert isinstance(pair.failure(stream_id), RemoteProtocolError)
 
 
-def test_k23_buffered_data_is_one_buffer_whatever_the_number_of_frames() -> None:
+def test_k23_buffered_data_is_two_buffers_at_most_whatever_the_number_of_frames() -> None:
     pair = Pair(OFF)
     stream_id = open_response(pair)
     for _ in range(20):
@@ -232,7 +232,7 @@ def test_k23_buffered_data_is_one_buffer_whatever_the_number_of_frames() -> None
         pair.run(0.1)
     stream = pair.client._streams[stream_id]
     assert isinstance(stream.buffer, Waiting)
-    assert len(stream.buffer.pieces) == 1
+    assert len(stream.buffer.pieces) <= 2
     assert len(pair.happened(events.DataReceived)) == 1
     assert pair.client.read(stream_id, pair.now) == b"x" * 20_000
 
@@ -801,8 +801,8 @@ def test_a_connection_needs_nothing_but_its_arguments() -> None:
     assert not connection.has_data_to_send()
 
 
-def grown_response(process: GrowthBudget) -> tuple[Pair, int]:
-    """A response whose window has grown, complete but for its last byte, which is not read."""
+def grown_response(process: GrowthBudget, unread: int = 1) -> tuple[Pair, int]:
+    """A response whose window has grown, complete but for its last bytes, which are not read."""
     pair = Pair(OFF, growth=process, latency=0.1)
     pair.run(1.0)
     stream_id = open_response(pair)
@@ -810,12 +810,41 @@ def grown_response(process: GrowthBudget) -> tuple[Pair, int]:
         while (room := min(16_384, pair.server.local_flow_control_window(stream_id))) > 0:
             pair.server.send_data(stream_id, b"x" * room)
         pair.run(0.15)
-        pair.client.read(stream_id, pair.now)
+        while pair.client.has_unread(stream_id):
+            pair.client.read(stream_id, pair.now)
         pair.run(0.15)
-    pair.server.send_data(stream_id, b"x", end_stream=True)
+    for sent in range(0, unread, 16_384):
+        left = unread - sent
+        pair.server.send_data(stream_id, b"x" * min(left, 16_384), end_stream=left <= 16_384)
+        pair.run(0.01)
     pair.run(0.3)
     assert pair.client.open_streams == 0
     return pair, stream_id
+
+
+def test_of_much_that_waits_a_part_is_read_at_once() -> None:
+    process = GrowthBudget(CONNECTION_GROWTH)
+    pair, stream_id = grown_response(process, unread=400_001)
+    assert process.available < CONNECTION_GROWTH
+    sizes = []
+    while pair.client.has_unread(stream_id):
+        # The growth is in use by what still waits.
+        assert process.available < CONNECTION_GROWTH
+        sizes.append(len(pair.client.read(stream_id, pair.now)))
+    assert sum(sizes) == 400_001
+    assert max(sizes) <= 128 * 1024 < sum(sizes[:2])
+    assert process.available == CONNECTION_GROWTH
+    assert pair.client.read(stream_id, pair.now) == b""
+
+
+def test_a_piece_is_read_as_it_came_whatever_its_size() -> None:
+    stream = Stream(1, [], None, None, None, 0.0)
+    large = bytes(200_000)
+    for piece in (large, b"tail", b"!"):
+        stream.receive(piece)
+    assert stream.take_received() is large
+    assert stream.take_received() == b"tail!"
+    assert stream.buffer == b""
 
 
 @pytest.mark.parametrize("end", ["read", "release", "eof", "close"])

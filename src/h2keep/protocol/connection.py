@@ -300,18 +300,24 @@ class Connection:
             self.send_data(stream_id, b"", end_stream=True, now=now)
 
     def read(self, stream_id: int, now: float) -> bytes:
-        """Take all body bytes that wait, and renew the peer's credit for them."""
+        """Take body bytes that wait, and renew the peer's credit for them; `b""` if none do.
+
+        Where much waits not all of it is taken: see `has_unread`.
+        """
         stream = self._streams.get(stream_id)
         if stream is None or not stream.buffer:
             return b""
-        data, stream.buffer = stream.buffer, b""
-        if not isinstance(data, bytes):
-            data = bytes(data)
+        data = stream.take_received()
         if stream.open:
             self._consume(stream, len(data), now)
         else:
             self._take_unread(stream, len(data))
         return data
+
+    def has_unread(self, stream_id: int) -> bool:
+        """Whether body bytes wait."""
+        stream = self._streams.get(stream_id)
+        return stream is not None and bool(stream.buffer)
 
     def take_whole(self, stream_id: int) -> bytes | None:
         """As `read`, then `release`, of a stream that is over in both directions; None if it isn't."""
@@ -631,13 +637,14 @@ class Connection:
         self.keepalive.note_stream_closed()
 
     def _forget(self, stream: Stream) -> None:
-        self._take_unread(stream, len(stream.buffer))
+        unread, stream.buffer = len(stream.buffer), b""
+        self._take_unread(stream, unread)
         del self._streams[stream.id]
 
     def _take_unread(self, stream: Stream, amount: int) -> None:
         """Bytes that waited on a stream that is over were read, or nobody will read them."""
         self._unread -= amount
-        if stream.window is not None:
+        if stream.window is not None and not stream.buffer:
             stream.window.release()
 
     def _fail_stream(self, stream: Stream, error: H2KeepError) -> None:

@@ -18,15 +18,17 @@ __all__ = ["Stream", "Waiting"]
 
 #: What comes in pieces of at least this many bytes waits as it came; smaller ones are joined at once (K23).
 _LARGE = 4 * 1024
+#: What is read at once, in bytes, unless a single piece is larger: more would be copied for nothing.
+_MOST_JOINED = 128 * 1024
 
 
 class Waiting:
-    """Body bytes that came in several pieces and wait to be read: `bytes()` joins them."""
+    """Body bytes that came in several pieces and wait to be read: `bytes()` joins them all."""
 
     __slots__ = ("_length", "pieces")
 
     def __init__(self, first: bytes) -> None:
-        self.pieces: list[bytes | bytearray] = [first]
+        self.pieces: deque[bytes | bytearray] = deque((first,))
         self._length = len(first)
 
     def __len__(self) -> int:
@@ -35,16 +37,27 @@ class Waiting:
     def __bytes__(self) -> bytes:
         return b"".join(self.pieces)
 
+    def take(self) -> bytes:
+        """The first pieces, joined as far as that is worth it."""
+        pieces = self.pieces
+        taken = [pieces.popleft()]
+        length = len(taken[0])
+        while pieces and length + len(pieces[0]) <= _MOST_JOINED:
+            length += len(pieces[0])
+            taken.append(pieces.popleft())
+        self._length -= length
+        return bytes(taken[0]) if len(taken) == 1 else b"".join(taken)
+
     def add(self, data: bytes) -> None:
-        """One more piece: by reference if it and the one before are large, else copied (K23)."""
+        """One more piece: by reference if it is large, else joined to small ones before it (K23)."""
         self._length += len(data)
         last = self.pieces[-1]
-        if len(data) >= _LARGE and len(last) >= _LARGE:
+        if len(data) >= _LARGE:
             self.pieces.append(data)
-            return
-        if not isinstance(last, bytearray):
-            last = self.pieces[-1] = bytearray(last)
-        last += data
+        elif isinstance(last, bytearray):
+            last += data
+        else:
+            self.pieces.append(bytearray(data))
 
 
 class Stream:
@@ -195,6 +208,17 @@ class Stream:
         if isinstance(self.buffer, bytes):
             self.buffer = Waiting(self.buffer)
         self.buffer.add(data)
+
+    def take_received(self) -> bytes:
+        """Bytes that wait to be read: all, or of more than `_MOST_JOINED` the first."""
+        waiting = self.buffer
+        if isinstance(waiting, bytes):
+            self.buffer = b""
+            return waiting
+        data = waiting.take()
+        if not waiting:
+            self.buffer = b""
+        return data
 
     def read_deadline(self) -> float | None:
         """When the read timeout fires, None while its clock doesn't run (K21)."""

@@ -324,12 +324,12 @@ class Http2Connection:
         self.protocol.await_data(stream_id, self.loop.time())
         self._check_timer()
 
-    def read(self, stream_id: int) -> bytes:
-        """Take a stream's waiting bytes."""
+    def read(self, stream_id: int) -> tuple[bytes, bool]:
+        """Take bytes that wait on a stream; whether more do."""
         data = self.protocol.read(stream_id, self.loop.time())
         if self.protocol.has_data_to_send():
             self.driver.wake_writer()
-        return data
+        return data, self.protocol.has_unread(stream_id)
 
     def send_data(self, stream_id: int, data: bytes | memoryview, *, end_stream: bool) -> bool:
         """Queue a chunk of a body; whether another is welcome at once."""

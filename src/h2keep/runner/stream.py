@@ -190,7 +190,7 @@ class Http2Stream:
         return self._parker.park()
 
     async def receive(self) -> bytes:
-        """The next body bytes, all that wait; b"" at the end.
+        """The next body bytes; b"" at the end.
 
         A failed request first hands out what came before it failed (K8). Raises `ReadError` after `close`.
         """
@@ -230,8 +230,7 @@ class Http2Stream:
     def poll(self) -> bytes | None:
         """As `receive`, but None if nothing waits."""
         if self.data_waits and not self._released:
-            self.data_waits = False
-            data = self._connection.read(self.id)
+            data, self.data_waits = self._connection.read(self.id)
             if data:
                 return data
         if self.ended and not self.data_waits:
