@@ -67,6 +67,8 @@ IMPORTED = {
     "pyreqwest": "from pyreqwest.client import ClientBuilder",
 }
 TOO_SLOW = "not done after"
+#: How long a worker is profiled, by what its case is measured in.
+PROFILED = {"seconds": 5, "repeats": 60}
 #: Functions of a profile that are kept.
 TOP = 12
 
@@ -118,9 +120,9 @@ class Setting:
 
     def profile(self, case: Case, candidate: str) -> list[tuple[str, float]] | str:
         """The functions that py-spy found the worker in most often, with their share of all samples; or why not."""
-        if "seconds" in case.parameters:
-            # Longer than for a figure, as the beginning is sampled too.
-            case = replace(case, parameters={**case.parameters, "seconds": 5})
+        # Longer than for a figure, as imports and other beginnings are sampled too.
+        longer = {name: value for name, value in PROFILED.items() if name in case.parameters}
+        case = replace(case, parameters={**case.parameters, **longer})
         with TemporaryDirectory() as directory:
             stacks = Path(directory, "stacks.txt")
             try:
