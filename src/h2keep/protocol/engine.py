@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from h2keep.errors import RemoteProtocolError
     from h2keep.protocol.events import Headers
 
-__all__ = ["Engine", "EngineHandler", "ErrorCode", "ResetStreams"]
+__all__ = ["Engine", "EngineHandler", "ErrorCode", "ResetStreams", "Violation"]
 
 
 class ResetStreams:
@@ -37,6 +37,14 @@ class ResetStreams:
 
     def __contains__(self, stream_id: int) -> bool:
         return stream_id in self._ids
+
+
+class Violation(Exception):
+    """The peer broke HTTP/2, which ends the connection. An engine's parts raise it, and the engine tells the peer."""
+
+    def __init__(self, error_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.error_code = error_code
 
 
 class ErrorCode:

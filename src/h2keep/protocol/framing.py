@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from h2keep.protocol.engine import ErrorCode, Violation
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -31,12 +33,14 @@ __all__ = [
     "SETTINGS",
     "UNDERSTOOD",
     "WINDOW_UPDATE",
+    "BlockAssembly",
     "data_run",
     "frame",
     "frame_header",
     "header_frames",
     "objection_to_greeting",
     "parse_on",
+    "payload",
     "unpack_header",
 ]
 
@@ -88,6 +92,57 @@ def header_frames(stream_id: int, block: bytes, end_stream: bool) -> bytes:
         last = start + size >= len(block)
         parts += [frame_header(len(part), CONTINUATION, END_HEADERS if last else 0, stream_id), part]
     return b"".join(parts)
+
+
+def payload(flags: int, body: bytes) -> bytes:
+    """What a DATA or HEADERS frame holds besides padding and, in HEADERS alone, priority. Raises `Violation`."""
+    start = (1 if flags & PADDED else 0) + (5 if flags & PRIORITY else 0)
+    if len(body) < start:
+        raise Violation(ErrorCode.FRAME_SIZE_ERROR, "a malformed frame: too short for its padding and priority")
+    stop = len(body) - (body[0] if flags & PADDED else 0)
+    if stop < start:
+        raise Violation(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
+    return body[start:stop]
+
+
+class BlockAssembly:
+    """Puts header blocks together that come in HEADERS and CONTINUATIONs (RFC 9113, section 4.3)."""
+
+    __slots__ = ("_parts", "ends", "stream_id")
+
+    def __init__(self) -> None:
+        #: The stream whose block is incomplete, 0 if none is.
+        self.stream_id = 0
+        #: Whether the last block's HEADERS end their stream.
+        self.ends = False
+        self._parts: list[bytes] = []
+
+    def check(self, kind: int, stream_id: int) -> None:
+        """For whatever comes amid a block: raises `Violation` if it isn't the block's next frame."""
+        if kind != CONTINUATION or stream_id != self.stream_id:
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
+
+    def add(self, kind: int, flags: int, stream_id: int, body: bytes) -> bytes | None:
+        """HEADERS or CONTINUATION: the whole block, None while more is due. Raises `Violation` (bounds: K23)."""
+        if kind == HEADERS:
+            if flags & (PADDED | PRIORITY):
+                body = payload(flags, body)
+            self.ends = flags & END_STREAM != 0
+            if flags & END_HEADERS:
+                return body
+            self.stream_id = stream_id
+        elif not self.stream_id:
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
+        parts = self._parts
+        parts.append(body)
+        if len(parts) > 1 + MAX_CONTINUATIONS or sum(map(len, parts)) > MAX_HEADER_BLOCK:
+            reason = f"a header block above {MAX_HEADER_BLOCK} bytes or {MAX_CONTINUATIONS} CONTINUATIONs"
+            raise Violation(ErrorCode.ENHANCE_YOUR_CALM, reason)
+        if not flags & END_HEADERS:
+            return None
+        self.stream_id = 0
+        self._parts = []
+        return b"".join(parts)
 
 
 def data_run(data: bytes, start: int, stop: int, room: int) -> tuple[bytes, int]:

@@ -35,32 +35,31 @@ import hyperframe.exceptions
 from hyperframe import frame as frames
 
 from h2keep.errors import RemoteProtocolError
-from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
+from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams, Violation
 from h2keep.protocol.framing import (
     ACK,
     CONTINUATION,
     DATA,
-    END_HEADERS,
     END_STREAM,
     GOAWAY,
     HEADERS,
     LARGEST_WINDOW,
-    MAX_CONTINUATIONS,
     MAX_FRAME_SIZE,
     MAX_HEADER_BLOCK,
     PADDED,
     PING,
     PING_ACK,
-    PRIORITY,
     RST_STREAM,
     SETTINGS,
     UNDERSTOOD,
     WINDOW_UPDATE,
+    BlockAssembly,
     data_run,
     frame_header,
     header_frames,
     objection_to_greeting,
     parse_on,
+    payload,
     unpack_header,
 )
 from h2keep.protocol.hpack_memory import DecodedBlock, Decoder, Encoder
@@ -136,9 +135,7 @@ class H2Engine:
         self._greeted = False
         self._out = b""
         # The header block that is being assembled: its stream, whether it ends it, and its parts.
-        self._block_stream = 0
-        self._block_ends = False
-        self._block_parts: list[bytes] = []
+        self._block = BlockAssembly()
         self._encoder = Encoder()
         self._decoder = Decoder(MAX_HEADER_BLOCK)
         self.max_concurrent_streams: int | None = None
@@ -170,11 +167,14 @@ class H2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
-        amid = self._partial or self._block_stream or not self._greeted
+        amid = self._partial or self._block.stream_id or not self._greeted
         if len(data) == 17 and data.startswith(PING_ACK) and not amid:
             self._handler.on_ping_acknowledged(data[9:])
-        else:
+            return
+        try:
             self._partial = parse_on(self._parse_frames, self._partial, data)
+        except Violation as error:
+            self._fail(error.error_code, str(error), error.__cause__)
 
     def _parse_frames(self, data: bytes, start: int) -> bytes:
         """Act on the frames from `start` on; what is left over, as the rest of its frame hasn't come."""
@@ -206,16 +206,16 @@ class H2Engine:
         self._greeted = True
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, body: bytes) -> None:
-        if self._block_stream and (kind != CONTINUATION or stream_id != self._block_stream):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
+        if self._block.stream_id:
+            self._block.check(kind, stream_id)
         if kind not in UNDERSTOOD:
             return
         if stream_id and stream_id not in self._streams:
             self._receive_stray(kind, flags, stream_id, body)
-        elif kind == DATA:
+        elif kind == DATA and stream_id:
             self._receive_data(flags, stream_id, body)
-        elif kind in (HEADERS, CONTINUATION):
-            block = self._assemble(kind, flags, stream_id, body)
+        elif kind in (HEADERS, CONTINUATION) and stream_id:
+            block = self._block.add(kind, flags, stream_id, body)
             if block is not None:
                 self._receive_headers(stream_id, block)
         elif kind == WINDOW_UPDATE:
@@ -243,8 +243,8 @@ class H2Engine:
 
     def _receive_data(self, flags: int, stream_id: int, body: bytes) -> None:
         length = len(body)
-        if flags & PADDED or not stream_id:
-            body = cast("frames.DataFrame", self._parse(DATA, flags, stream_id, body)).data
+        if flags & PADDED:
+            body = payload(PADDED, body)
         end_stream = bool(flags & END_STREAM)
         self._charge(length)
         stream = self._streams[stream_id]
@@ -287,43 +287,6 @@ class H2Engine:
         except h2.exceptions.FlowControlError as error:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, _reason(error), error)
 
-    def _assemble(self, kind: int, flags: int, stream_id: int, body: bytes) -> bytes | None:
-        """The whole header block, None while CONTINUATIONs are due (bounds: K23)."""
-        if kind == HEADERS:
-            if flags & (PADDED | PRIORITY) or not stream_id:
-                body = self._fragment(flags, stream_id, body)
-            self._block_ends = bool(flags & END_STREAM)
-            if flags & END_HEADERS:
-                return body
-            self._block_stream = stream_id
-        elif not self._block_stream:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
-        parts = self._block_parts
-        parts.append(body)
-        if len(parts) > 1 + MAX_CONTINUATIONS or sum(map(len, parts)) > MAX_HEADER_BLOCK:
-            self._fail(
-                ErrorCode.ENHANCE_YOUR_CALM,
-                f"a header block above {MAX_HEADER_BLOCK} bytes or {MAX_CONTINUATIONS} CONTINUATIONs",
-            )
-        if not flags & END_HEADERS:
-            return None
-        block = b"".join(parts)
-        self._block_stream = 0
-        self._block_parts = []
-        return block
-
-    def _fragment(self, flags: int, stream_id: int, body: bytes) -> bytes:
-        """What a HEADERS frame has of its block: perhaps nothing but padding, which hyperframe takes for malformed."""
-        if not stream_id:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: HEADERS on no stream")
-        start = (1 if flags & PADDED else 0) + (5 if flags & PRIORITY else 0)
-        if len(body) < start:
-            self._fail(ErrorCode.FRAME_SIZE_ERROR, f"a malformed frame: HEADERS of {len(body)} bytes")
-        stop = len(body) - (body[0] if flags & PADDED else 0)
-        if stop < start:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
-        return body[start:stop]
-
     def _decode(self, block: bytes) -> DecodedBlock:
         try:
             return self._decoder.fields(block)
@@ -334,7 +297,7 @@ class H2Engine:
 
     def _receive_headers(self, stream_id: int, block: bytes) -> None:
         decoded = self._decode(block)
-        end_stream = self._block_ends
+        end_stream = self._block.ends
         stream = self._streams[stream_id]
         if decoded.response and not (end_stream or stream.headers_received) and stream.state in _RECEIVING:
             stream.process_input(_RECV_HEADERS)
@@ -468,7 +431,7 @@ class H2Engine:
             self._charge(len(body))
             self._handler.on_discarded(len(body))
         elif kind in (HEADERS, CONTINUATION):
-            block = self._assemble(kind, flags, stream_id, body)
+            block = self._block.add(kind, flags, stream_id, body)
             if block is not None:
                 # Nobody reads it, but the peer's HPACK encoder has moved on, and our decoder must follow.
                 self._decode(block)
@@ -493,7 +456,7 @@ class H2Engine:
         reason.__cause__ = error
         self._handler.on_stream_error(stream_id, ErrorCode.PROTOCOL_ERROR, reason)
 
-    def _fail(self, error_code: int, reason: str, cause: Exception | None = None) -> NoReturn:
+    def _fail(self, error_code: int, reason: str, cause: BaseException | None = None) -> NoReturn:
         self.send_goaway(error_code, b"")
         raise RemoteProtocolError(f"the server broke HTTP/2: {reason}") from cause
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import ngh2
 
-from h2keep.protocol.engine import ErrorCode
+from h2keep.protocol.engine import ErrorCode, Violation
 from h2keep.protocol.framing import (
     ACK,
     END_HEADERS,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from h2keep.protocol.events import Headers
 
-__all__ = ["FINAL", "BrokenBlock", "Exchange", "HeaderBlocks", "Message"]
+__all__ = ["FINAL", "Exchange", "HeaderBlocks", "Message"]
 
 _LOWEST_VERSION, _FIRST_UNKNOWN_VERSION = (0, 3), (0, 4)
 
@@ -114,14 +114,6 @@ def _check_version() -> None:
 
 
 _check_version()
-
-
-class BrokenBlock(Exception):
-    """A header block that is the connection's end; says why, and its cause is ngh2's own error if that is one."""
-
-    def __init__(self, error_code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.error_code = error_code
 
 
 class Exchange(Protocol):
@@ -214,7 +206,7 @@ class HeaderBlocks:
     # Coming in
 
     def judge(self, exchange: Exchange, block: bytes, end_stream: bool) -> Message | None:
-        """What a block of a response says; None if it isn't well-formed. Raises `BrokenBlock`."""
+        """What a block of a response says; None if it isn't well-formed. Raises `Violation`."""
         if exchange.judged and exchange.declared:
             # nghttp2 takes no trailers before the body that was declared, which it never sees. What comes after the
             # head is judged as of an exchange in which none was.
@@ -242,7 +234,7 @@ class HeaderBlocks:
     def skim(self, block: bytes) -> None:
         """A block that nobody reads: the peer's encoder has moved on, and our decoder must follow.
 
-        Raises `BrokenBlock`.
+        Raises `Violation`.
         """
         self._feed(self._over, block, end_stream=False)
         self._forget_if_moved(block)
@@ -262,9 +254,9 @@ class HeaderBlocks:
             session.receive_data(b"".join(self._untold))
         except ngh2.DenialOfServiceError as error:
             reason = f"more header fields than allowed: {error}"
-            raise BrokenBlock(ErrorCode.ENHANCE_YOUR_CALM, reason) from error
+            raise Violation(ErrorCode.ENHANCE_YOUR_CALM, reason) from error
         except ngh2.NGH2Error as error:
-            raise BrokenBlock(ErrorCode.PROTOCOL_ERROR, str(error)) from error
+            raise Violation(ErrorCode.PROTOCOL_ERROR, str(error)) from error
         finally:
             self._untold.clear()
         # What it has to say of the exchanges that are over comes before.
@@ -348,7 +340,7 @@ def _look_for_goaway(output: bytes) -> None:
     for kind, body in _cut(output):
         if kind == GOAWAY:
             _, error_code = _TWO_LONGS.unpack_from(body)
-            raise BrokenBlock(error_code, body[8:].decode("ascii", "replace") or "a header block that can't be decoded")
+            raise Violation(error_code, body[8:].decode("ascii", "replace") or "a header block that can't be decoded")
 
 
 def _hiding(fields: tuple[tuple[bytes, bytes], ...]) -> Headers:

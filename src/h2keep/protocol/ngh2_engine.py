@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING, NoReturn
 
 from h2keep.errors import RemoteProtocolError
-from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams
+from h2keep.protocol.engine import EngineHandler, ErrorCode, ResetStreams, Violation
 from h2keep.protocol.framing import (
     ACK,
     CONTINUATION,
@@ -20,26 +20,26 @@ from h2keep.protocol.framing import (
     GOAWAY,
     HEADERS,
     LARGEST_WINDOW,
-    MAX_CONTINUATIONS,
     MAX_FRAME_SIZE,
     MAX_HEADER_BLOCK,
     PADDED,
     PING,
     PING_ACK,
-    PRIORITY,
     RST_STREAM,
     SETTINGS,
     UNDERSTOOD,
     WINDOW_UPDATE,
+    BlockAssembly,
     data_run,
     frame,
     frame_header,
     header_frames,
     objection_to_greeting,
     parse_on,
+    payload,
     unpack_header,
 )
-from h2keep.protocol.ngh2_blocks import FINAL, BrokenBlock, HeaderBlocks, Message
+from h2keep.protocol.ngh2_blocks import FINAL, HeaderBlocks, Message
 
 if TYPE_CHECKING:
     from h2keep.protocol.events import Headers
@@ -99,10 +99,7 @@ class Ngh2Engine:
         self._partial = b""
         self._greeted = False
         self._out: list[bytes] = []
-        # The header block that is being assembled: its stream, whether it ends it, and its parts.
-        self._block_stream = 0
-        self._block_ends = False
-        self._block_parts: list[bytes] = []
+        self._block = BlockAssembly()
         self.max_concurrent_streams: int | None = None
         self.max_frame_size = MAX_FRAME_SIZE
         self._initial_receive_window = initial_window
@@ -128,13 +125,13 @@ class Ngh2Engine:
     # Receiving
 
     def receive(self, data: bytes) -> None:
-        amid = self._partial or self._block_stream or not self._greeted
+        amid = self._partial or self._block.stream_id or not self._greeted
         if len(data) == 17 and data.startswith(PING_ACK) and not amid:
             self._handler.on_ping_acknowledged(data[9:])
             return
         try:
             self._partial = parse_on(self._parse, self._partial, data)
-        except BrokenBlock as error:
+        except Violation as error:
             self._fail(error.error_code, str(error), error.__cause__)
 
     def _parse(self, data: bytes, start: int) -> bytes:
@@ -142,7 +139,7 @@ class Ngh2Engine:
         end = len(data)
         if not self._greeted and end >= 9:
             self._greet(data)
-        streams = self._streams
+        streams, block = self._streams, self._block
         while end - start >= 9:
             high, low, kind, flags, stream_id = unpack_header(data, start)
             length = (high << 8) | low
@@ -154,7 +151,7 @@ class Ngh2Engine:
                 break
             stream_id &= 0x7FFF_FFFF
             stream = streams.get(stream_id)
-            if stream is None or self._block_stream:
+            if stream is None or block.stream_id:
                 self._receive_frame(kind, flags, stream_id, stream, data[start + 9 : stop])
             elif kind == DATA:
                 if flags or not stream.answered:
@@ -177,8 +174,8 @@ class Ngh2Engine:
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, stream: _Stream | None, body: bytes) -> None:
         """Any frame but DATA on an open stream."""
-        if self._block_stream and (kind != CONTINUATION or stream_id != self._block_stream):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted by another frame")
+        if self._block.stream_id:
+            self._block.check(kind, stream_id)
         if kind not in UNDERSTOOD:
             return
         if not stream_id:
@@ -186,9 +183,9 @@ class Ngh2Engine:
         elif stream is None:
             self._receive_stray(kind, flags, stream_id, body)
         elif kind in (HEADERS, CONTINUATION):
-            block = self._assemble(kind, flags, stream_id, body)
+            block = self._block.add(kind, flags, stream_id, body)
             if block is not None:
-                self._receive_headers(stream_id, stream, block, self._block_ends)
+                self._receive_headers(stream_id, stream, block, self._block.ends)
         elif kind == RST_STREAM:
             self._receive_reset(stream_id, body)
         elif kind == WINDOW_UPDATE:
@@ -199,7 +196,7 @@ class Ngh2Engine:
     def _receive_data(self, flags: int, stream_id: int, stream: _Stream, body: bytes) -> None:
         length = len(body)
         if flags & PADDED:
-            body = self._unpadded(body)
+            body = payload(PADDED, body)
         self._charge(length)
         if stream.received_end:
             self._fail(ErrorCode.STREAM_CLOSED, f"DATA on stream {stream_id} after its end")
@@ -222,11 +219,6 @@ class Ngh2Engine:
             self._note_end(stream_id, stream)
         self._handler.on_data(stream_id, body, length, end_stream)
 
-    def _unpadded(self, body: bytes) -> bytes:
-        if not body or body[0] >= len(body):
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a malformed frame: more padding than it has room for")
-        return body[1 : len(body) - body[0]]
-
     def _room(self, stream: _Stream) -> int:
         """How much DATA on the stream breaks no rule."""
         room = min(stream.receive_window, self._receive_window)
@@ -237,34 +229,6 @@ class Ngh2Engine:
         self._receive_window -= length
         if self._receive_window < 0:
             self._fail(ErrorCode.FLOW_CONTROL_ERROR, "more DATA than the connection's window allows")
-
-    def _assemble(self, kind: int, flags: int, stream_id: int, body: bytes) -> bytes | None:
-        """The whole header block, None while CONTINUATIONs are due (bounds: K23)."""
-        if kind == HEADERS:
-            if flags & PADDED:
-                body = self._unpadded(body)
-            if flags & PRIORITY:
-                if len(body) < 5:
-                    self._fail(ErrorCode.FRAME_SIZE_ERROR, "a malformed frame: HEADERS too short for their priority")
-                body = body[5:]
-            self._block_ends = flags & END_STREAM != 0
-            if flags & END_HEADERS:
-                return body
-            self._block_stream = stream_id
-        elif not self._block_stream:
-            self._fail(ErrorCode.PROTOCOL_ERROR, "a CONTINUATION without a header block")
-        parts = self._block_parts
-        parts.append(body)
-        if len(parts) > 1 + MAX_CONTINUATIONS or sum(map(len, parts)) > MAX_HEADER_BLOCK:
-            self._fail(
-                ErrorCode.ENHANCE_YOUR_CALM,
-                f"a header block above {MAX_HEADER_BLOCK} bytes or {MAX_CONTINUATIONS} CONTINUATIONs",
-            )
-        if not flags & END_HEADERS:
-            return None
-        self._block_stream = 0
-        self._block_parts = []
-        return b"".join(parts)
 
     def _receive_headers(self, stream_id: int, stream: _Stream, block: bytes, end_stream: bool) -> None:
         if stream.received_end:
@@ -399,7 +363,7 @@ class Ngh2Engine:
             self._charge(len(body))
             self._handler.on_discarded(len(body))
         elif kind in (HEADERS, CONTINUATION):
-            block = self._assemble(kind, flags, stream_id, body)
+            block = self._block.add(kind, flags, stream_id, body)
             if block is not None:
                 self._blocks.skim(block)
                 self._handler.on_discarded(0)
