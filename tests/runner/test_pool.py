@@ -158,6 +158,56 @@ async def test_a_failed_dial_is_not_remembered() -> None:
             assert (await c.get(server.url)).content == b"ok"
 
 
+async def test_who_asks_again_at_once_after_a_failed_dial_is_not_forgotten_with_the_others(
+    server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+) -> None:
+    ended = []
+
+    async def insist(c: h2keep.AsyncClient, url: str) -> None:
+        with pytest.raises(h2keep.ConnectError):
+            await c.get(url)
+        ended.append((await c.get(url)).content)
+
+    async with RawServer.listen(server_ssl) as server, client(verify=client_ssl) as c, task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(insist, c, server.url)
+        (await server.accept()).abort()
+        peer = await server.accept()
+        await anyio.sleep(1.0)
+        assert len(server.peers) == 2
+        await peer.handshake()
+        tasks.start_soon(serve, peer)
+        await anyio.sleep(1.0)
+        assert ended == [b"ok"] * 5
+        server.serve(answering())
+        assert (await c.get(server.url)).content == b"ok"
+        # It has found the connection that there is.
+        assert len(server.peers) == 2
+        assert_at_rest(c)
+
+
+async def test_aclose_ends_those_who_asked_again_at_once_after_a_failed_dial(
+    server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+) -> None:
+    ended = []
+
+    async def insist(c: h2keep.AsyncClient, url: str) -> None:
+        for _ in range(2):
+            with pytest.raises(h2keep.ConnectError) as caught:
+                await c.get(url)
+        ended.append(str(caught.value))
+
+    async with RawServer.listen(server_ssl) as server, task_group() as tasks:
+        async with client(verify=client_ssl) as c:
+            for _ in range(5):
+                tasks.start_soon(insist, c, server.url)
+            (await server.accept()).abort()
+            await server.accept()
+            await anyio.sleep(1.0)
+        await anyio.sleep(1.0)
+        assert ended == ["the client was closed"] * 5
+
+
 async def test_a_cancelled_waiter_does_not_stall_the_others(
     server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
 ) -> None:

@@ -222,6 +222,9 @@ class Pool:
         """Forget an origin of which nothing is left, unless it has taught us something (K13)."""
         if state.connections or state.queue or state.dials or state.hedging:
             return
+        if self._origins.get(state.origin) is not state:
+            # Forgotten already, by the first of those that failed together; who asked again since has another one.
+            return
         if state.memory is None or state.memory.current(self.loop.time()) == self._keepalive.read_idle_timeout:
             self._origins.pop(state.origin, None)
             self._starved.pop(state, None)
