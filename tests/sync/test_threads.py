@@ -49,6 +49,23 @@ def in_threads(count: int, work: Callable[[int], object]) -> list[Any]:
 
 
 class TestSharing:
+    def test_neither_of_two_threads_that_read_one_response_hangs(self) -> None:
+        async def answer_in_part(peer: Peer) -> None:
+            await peer.respond((await peer.request()).stream_id, end_stream=False)
+
+        def read(_number: int) -> str:
+            with pytest.raises((RuntimeError, h2keep.ReadError)) as caught:
+                # As an httpx transport's response does each time that it is iterated over.
+                response._source.receive()
+            return caught.type.__name__
+
+        with (
+            threaded(answer_in_part) as server,
+            client(timeout=None) as own,
+            own.stream("GET", server.url) as response,
+        ):
+            assert sorted(in_threads(2, read)) == ["ReadError", "RuntimeError"]
+
     def test_many_threads_share_one_connection(self) -> None:
         barrier = threading.Barrier(50)
 

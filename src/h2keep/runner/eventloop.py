@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     import trio
 
-__all__ = ["AsyncioLoop", "EventLoop", "Parker", "current", "native_loop"]
+__all__ = ["BUSY", "AsyncioLoop", "EventLoop", "Parker", "current", "native_loop"]
 
 
-_BUSY = "two tasks wait for the same thing, a response for instance, which is for one of them alone"
+#: What whoever waits where somebody else does is told.
+BUSY = "two tasks or threads wait for the same thing, a response for instance, which is for one of them alone"
 
 
 class Parker(ABC):
@@ -121,7 +122,7 @@ class _AsyncioParker(Parker):
             self._permit = False
             return _NOTHING
         if self._future is not None and not self._future.done():
-            raise RuntimeError(_BUSY)
+            raise RuntimeError(BUSY)
         self._future = self._loop.create_future()
         return self._future
 
@@ -250,7 +251,7 @@ class _TrioParker(Parker):
     async def park(self) -> None:
         if not self._permit:
             if self._task is not None:
-                raise RuntimeError(_BUSY)
+                raise RuntimeError(BUSY)
             lowlevel = sys.modules["trio"].lowlevel
             self._task = lowlevel.current_task()
 

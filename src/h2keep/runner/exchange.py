@@ -65,6 +65,8 @@ class Exchange(ABC):
         self._abandoned = False
         # Set by the caller's side, cleared by whoever wakes it.
         self._waiting = False
+        # Somebody is on the way into the wait, in it, or on the way out.
+        self._occupied = False
         # Set by the loop's side, cleared by the caller's.
         self._held_back = False
 
@@ -203,6 +205,12 @@ class Exchange(ABC):
 
     # The caller's side
 
+    def _occupy(self) -> None:
+        """Only one can wait at a time. Raises RuntimeError for the second, who would never be woken."""
+        if self._occupied:
+            raise RuntimeError(eventloop.BUSY)
+        self._occupied = True
+
     def _post(self, job: Callable[[], None]) -> None:
         self._loop.post(job)
         if self._loop.dead and self._blocked() and not self._lease.exiting:
@@ -316,16 +324,20 @@ class BlockingExchange(Exchange):
     def _wait(self, job: Callable[[], None]) -> None:
         """Wait for whatever comes next; the job tells the loop so, which starts the read clock (K21)."""
         background.refuse_to_wait()
-        self._waiting = True
-        self._post(job)
-        if self._blocked() and not self._can_pull():
-            if sys.platform == "win32":
-                # There an untimed wait can't be interrupted.
-                while not self._lock.acquire(timeout=0.5):
-                    pass
-            else:
-                self._lock.acquire()
-        self._waiting = False
+        self._occupy()
+        try:
+            self._waiting = True
+            self._post(job)
+            if self._blocked() and not self._can_pull():
+                if sys.platform == "win32":
+                    # There an untimed wait can't be interrupted.
+                    while not self._lock.acquire(timeout=0.5):
+                        pass
+                else:
+                    self._lock.acquire()
+            self._waiting = False
+        finally:
+            self._occupied = False
 
     def _on_room(self) -> None:
         if self._waiting and self._source is not None:
@@ -422,11 +434,15 @@ class AwaitableExchange(Exchange):
             self._pump_scope.cancel()
 
     async def _wait(self, job: Callable[[], None]) -> None:
-        self._waiting = True
-        self._post(job)
-        if self._blocked():
-            await self._parker.park()
-        self._waiting = False
+        self._occupy()
+        try:
+            self._waiting = True
+            self._post(job)
+            if self._blocked():
+                await self._parker.park()
+            self._waiting = False
+        finally:
+            self._occupied = False
 
     def _notify(self) -> None:
         self._tell(self._parker)
