@@ -243,6 +243,56 @@ async def test_a_dial_whose_waiters_are_all_gone_serves_the_next_request(
         assert len(server.peers) == 1
 
 
+@pytest.mark.parametrize("connect", [None, 60.0])
+async def test_a_dial_that_leads_nowhere_does_not_outlive_its_waiters_for_long(
+    connect: float | None, server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+) -> None:
+    async with (
+        RawServer.listen(server_ssl) as server,
+        client(verify=client_ssl, max_connections=1, timeout=h2keep.Timeout(connect, None, None, None)) as c,
+        task_group() as tasks,
+    ):
+        outcomes = Requests(c, server.url, tasks)
+        outcomes.start(0)
+        await server.accept()
+        await anyio.sleep(20.0)
+        outcomes.cancels[0].cancel()
+        await anyio.sleep(3.0)
+        outcomes.start(1)
+        await anyio.sleep(10.0)
+        # What has come since has a dial of its own.
+        assert len(server.peers) == 1
+        with anyio.fail_after(1.0):
+            peer = await server.accept()
+        await peer.handshake()
+        tasks.start_soon(serve, peer)
+        await outcomes.finish(1)
+        assert outcomes.done == [1]
+        assert len(server.peers) == 2
+        assert_at_rest(c)
+
+
+async def test_a_dial_that_a_patient_request_gave_up_does_not_fail_impatient_ones_one_after_the_other(
+    server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+) -> None:
+    async with RawServer.listen(server_ssl) as server, client(verify=client_ssl) as c, task_group() as tasks:
+        outcomes = Requests(c, server.url, tasks)
+        await outcomes.start_in_order(0, timeout=None)
+        await server.accept()
+        # There is always somebody who waits.
+        await outcomes.start_in_order(1, timeout=h2keep.Timeout(connect=5.0))
+        outcomes.cancels[0].cancel()
+        await anyio.sleep(3.0)
+        await outcomes.start_in_order(2, timeout=h2keep.Timeout(connect=5.0))
+        with anyio.fail_after(3.0):
+            peer = await server.accept()
+        await peer.handshake()
+        tasks.start_soon(serve, peer)
+        await outcomes.finish(2)
+        assert (outcomes.done, list(outcomes.errors)) == ([2], [1])
+        assert_at_rest(c)
+
+
 async def test_an_impatient_request_does_not_end_the_dial_that_a_patient_one_waits_for(
     server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
 ) -> None:

@@ -9,6 +9,7 @@ import math
 from bisect import bisect
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import anyio
@@ -84,6 +85,16 @@ class OriginState:
     #: If that was the connect timeout: how long it was. Who allows more may still have it.
     patience: float = math.inf
     lost: ConnectionLost | None = None
+    #: The attempts to connect that are under way.
+    attempts: set[anyio.CancelScope] = field(default_factory=set)
+
+    def longest_connect(self) -> float | None:
+        """The longest that those who wait allow for connecting, None for ever. Somebody must be waiting."""
+        waiters = [waiter for waiter in islice(self.queue, ASSUMED_STREAMS) if not waiter.gone]
+        allowed = [waiter.request.timeout.connect for waiter in waiters]
+        if None in allowed:
+            return None
+        return max((seconds for seconds in allowed if seconds is not None), default=None)
 
     def wanted(self) -> int:
         """Dials that the queue needs; but one at a time while they fail, or lead to a server that allows no streams."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import anyio
@@ -57,8 +56,9 @@ _MOST_MOVES = 3
 _REFUSED_DELAY = 0.1
 #: Draining connections of one origin that never count against max_connections, at least (K22).
 _FREE_DRAINING = 2
-#: A replacement for an aged connection may take this long to connect, in seconds (K22).
-_REPLACEMENT_TIMEOUT = 10.0
+#: What nobody waits for may take this long to connect, in seconds: a replacement for an aged connection (K22), and a
+#: dial whose waiters have all gone.
+_UNAWAITED_TIMEOUT = 10.0
 
 
 class Pool:
@@ -144,6 +144,8 @@ class Pool:
             raise
         finally:
             state.leave(waiter)
+            if waiter.gone and state.attempts:
+                self._hasten(state)
             self._tidy(state)
         if waiter.error is not None:
             raise waiter.error
@@ -410,12 +412,8 @@ class Pool:
         state.dials += 1
         self._dials += 1
         self._starved.pop(state, None)
-        waiters = [waiter for waiter in islice(state.queue, ASSUMED_STREAMS) if not waiter.gone]
-        allowed = [waiter.request.timeout.connect for waiter in waiters]
         # Those that allow less have clocks of their own.
-        timeout = max((seconds for seconds in allowed if seconds is not None), default=None)
-        if None in allowed:
-            timeout = None
+        timeout = state.longest_connect()
 
         async def run() -> None:
             await self._dial(state, timeout)
@@ -455,6 +453,14 @@ class Pool:
             await self._await_settings(connection, timeout, deadline)
         return connection
 
+    def _hasten(self, state: OriginState) -> None:
+        """Somebody gave up: a dial isn't given more time than those allow who are left, or those who come next."""
+        most = state.longest_connect() if state.waiting else _UNAWAITED_TIMEOUT
+        if most is not None:
+            latest = self.loop.time() + most
+            for attempt in state.attempts:
+                attempt.deadline = min(attempt.deadline, latest)
+
     def _dial_later(self, state: OriginState) -> None:
         """A dial failed. Those who wait for room on other connections still want one of their own, but not at once."""
         if not state.waiting or state.dials or state.hedging or state.unverified or state.pausing:
@@ -484,9 +490,7 @@ class Pool:
         origin = state.origin
         for delay in _retry_delays(self._options.retries):
             try:
-                with anyio.move_on_after(timeout) as patience:
-                    return await dial(origin, self._options), patience.deadline
-                raise ConnectTimeout(f"{origin}: not connected within {timeout} s (connect timeout)")
+                return await self._attempt(state, timeout)
             except HTTP2NotSupported:
                 raise
             except ConnectError:
@@ -494,6 +498,19 @@ class Pool:
                     raise
                 await anyio.sleep(delay)
         raise AssertionError("the last attempt has no delay after it")
+
+    async def _attempt(self, state: OriginState, timeout: float | None) -> tuple[Transport, float]:
+        while True:
+            with anyio.move_on_after(timeout) as attempt:
+                deadline = attempt.deadline
+                state.attempts.add(attempt)
+                try:
+                    return await dial(state.origin, self._options), deadline
+                finally:
+                    state.attempts.discard(attempt)
+            if attempt.deadline == deadline or not state.waiting:
+                raise ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
+            # It was for others, who gave up; those who have come since are not to wait for what failed them.
 
     async def _await_settings(self, connection: Http2Connection, timeout: float, deadline: float) -> None:
         """See to it that the server's SETTINGS come within the connect timeout; requests are sent before they do."""
@@ -566,7 +583,7 @@ class Pool:
             if self._is_below_limit():
                 state.dials += 1
                 self._dials += 1
-                new = await self._dial(state, _REPLACEMENT_TIMEOUT, replaces=True)
+                new = await self._dial(state, _UNAWAITED_TIMEOUT, replaces=True)
                 if new is not None and new.protocol.ready:
                     return
             elif any(other.protocol.ready and other.stats.ready_at >= began for other in state.connections):
