@@ -92,7 +92,7 @@ async def test_k22_a_connection_in_use_is_replaced_and_no_request_notices(max_co
 
 def assert_counts_nothing(c: h2keep.AsyncClient) -> None:
     pool = pool_of(c)
-    assert (pool._free, pool._dials, len(pool._ages), len(pool._tasks)) == (0, 0, 0, 0)
+    assert (pool._count._free, pool._count.dials, len(pool._ages), len(pool._tasks)) == (0, 0, 0, 0)
 
 
 async def test_k22_the_age_is_jittered_by_up_to_a_tenth_less() -> None:
@@ -401,7 +401,7 @@ async def test_k22_closing_the_client_during_a_replacement_leaves_nothing() -> N
             await c.aclose()
             assert not pool._tasks
             assert not pool._states
-            assert (pool._free, pool._dials, len(pool._ages)) == (0, 0, 0)
+            assert (pool._count._free, pool._count.dials, len(pool._ages)) == (0, 0, 0)
 
 
 # Draining connections and the limits
@@ -438,10 +438,10 @@ async def test_k22_draining_connections_do_not_count_up_to_two_at_least() -> Non
         assert len(server.peers) == 3
         await anyio.sleep(2.0)
         assert len(server.peers) == 4
-        assert pool_of(c)._free == 2
+        assert pool_of(c)._count._free == 2
         await anyio.sleep(150.0)
         assert ended == [100, 101, 102, 200]
-        assert pool_of(c)._free == 0
+        assert pool_of(c)._count._free == 0
         assert_at_rest(c)
 
 
@@ -458,13 +458,13 @@ async def test_k22_each_origin_has_its_own_draining_connections() -> None:
                     tasks.start_soon(c.get, server.url)
                     await anyio.sleep(0.1)
             assert (len(one.peers), len(other.peers)) == (3, 3)
-            assert pool_of(c)._free == 6
+            assert pool_of(c)._count._free == 6
             tasks.start_soon(c.get, one.url)
             await anyio.sleep(0.1)
             assert len(one.peers) == 4
-            assert pool_of(c)._free == 6
+            assert pool_of(c)._count._free == 6
             await anyio.sleep(250.0)
-            assert pool_of(c)._free == 0
+            assert pool_of(c)._count._free == 0
             assert_at_rest(c)
 
 
@@ -643,7 +643,7 @@ async def test_k22_while_as_many_drain_as_may_an_old_connection_goes_on() -> Non
         # Two drain, so the third may grow as old as it has to.
         assert len(server.peers) == 3
         assert not any(peer.ended for peer in server.peers)
-        assert pool_of(c)._free == 2
+        assert pool_of(c)._count._free == 2
         # Loads begin with a request, so those of the three are waiting; the others go on.
         assert sum(len(load.answers) > 100 for load in loads) == 5
         await anyio.sleep(300.0)

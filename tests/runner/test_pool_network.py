@@ -465,4 +465,4 @@ async def test_k24_whatever_a_server_does_with_its_limits_nothing_is_processed_t
         # Pauses between dials may go on for a while.
         await anyio.sleep(120.0)
         assert_at_rest(c)
-        assert pool_of(c)._moving == 0
+        assert len(pool_of(c)._moves) == 0

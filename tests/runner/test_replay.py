@@ -702,7 +702,7 @@ class TestBetweenAttempts:
             assert not open_requests
             assert (await client.post(server.url, content=b"next")).content == b"echo:next"
             assert_at_rest(client)
-            assert pool_of(client)._moving == 0
+            assert len(pool_of(client)._moves) == 0
 
     async def test_k24_a_request_that_is_given_up_in_the_step_in_which_it_would_be_opened_is_not(self) -> None:
         async with RawServer.listen() as server, async_client(limits=ONE_CONNECTION) as client, task_group() as tasks:
@@ -895,7 +895,7 @@ class TestBetweenAttempts:
             pool = pool_of(client)
             await client.aclose()
             assert not pool._tasks
-            assert pool._moving == 0
+            assert len(pool._moves) == 0
             await anyio.sleep(1.0)
             assert isinstance(task.outcome, h2keep.H2KeepError)
             # Whoever heard of the refusal, and was not sent since, is told so.
@@ -941,7 +941,7 @@ class TestBetweenAttempts:
             await anyio.sleep(1.0)
             assert_at_rest(client)
             pool = pool_of(client)
-            assert (pool._free, pool._moving) == (0, 0)
+            assert (pool._count._free, len(pool._moves)) == (0, 0)
 
     async def test_k24_refused_requests_are_sent_again_after_growing_jittered_pauses(self) -> None:
         seen: dict[str, list[float]] = {}
@@ -980,7 +980,7 @@ class TestBetweenAttempts:
             peer = await server.peer(0)
             await peer.until(lambda: len(peer.requests) == 1 and peer.requests[1].ended)
             pool = pool_of(client)
-            while pool._moving == 0:
+            while len(pool._moves) == 0:
                 await checkpoint()
             # Nothing is open, nothing waits in a queue, and what is unused may be closed.
             assert pool.busy

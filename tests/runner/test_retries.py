@@ -24,8 +24,9 @@ from hyperframe import frame as frames
 
 import h2keep
 import h2keep.httpx2
+from h2keep.runner.connecting import retry_delays
 from h2keep.runner.dial import DialOptions, Origin, dial
-from h2keep.runner.pool import Pool, _retry_delays
+from h2keep.runner.pool import Pool
 from support.background import nothing_left
 from support.clock import virtual_time
 from support.pools import assert_at_rest, pool_of
@@ -97,7 +98,7 @@ class Task:
 
 def test_the_pauses_are_httpcores() -> None:
     for retries in range(8):
-        assert list(_retry_delays(retries)) == [*itertools.islice(exponential_backoff(0.5), retries), None]
+        assert list(retry_delays(retries)) == [*itertools.islice(exponential_backoff(0.5), retries), None]
 
 
 class TestRetries:
@@ -410,7 +411,7 @@ class TestEnds:
                     for _ in range(closers):
                         closing.start_soon(pool.aclose)
             assert not pool._tasks
-            assert pool._dials == 0
+            assert pool._count.dials == 0
             await anyio.sleep(0.1)
             assert isinstance(task.outcome, h2keep.ConnectError)
             assert task.outcome.unprocessed

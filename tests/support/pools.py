@@ -26,7 +26,7 @@ def connections_of(client: h2keep.AsyncClient) -> list[Http2Connection]:
 def assert_at_rest(client: h2keep.AsyncClient) -> None:
     """No request is open, waits or is half forgotten, and every connection can be found for the next request."""
     pool = pool_of(client)
-    assert pool._dials == 0
+    assert pool._count.dials == 0
     assert not any(state.waiting for state in pool._starved)
     for state in pool._origins.values():
         assert (state.dials, state.waiting, len(state.queue), state.hedging) == (0, 0, 0, False)

@@ -4,7 +4,7 @@ Deciding is synchronous and does no I/O: a request that finds a verified connect
 same step; others queue by origin, first come, first served, and are opened by whatever event makes room. Dials and
 hedges run as background tasks that report back here. No event looks at all requests or all connections.
 
-Requests that a server provably didn't process come back here, and queue for another connection (K24). Connections that
+Requests that a server provably didn't process queue here for another connection (K24). Connections that
 take no new requests but still have some open are *draining*: they don't count against the limits (K22).
 """
 
@@ -15,32 +15,31 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from h2keep.errors import (
     ConnectError,
     ConnectionLost,
     ConnectTimeout,
     H2KeepError,
-    HTTP2NotSupported,
     PoolTimeout,
-    StreamReset,
 )
 from h2keep.keepalive import IntervalMemory, Keepalive
 from h2keep.protocol.connection import ASSUMED_STREAMS
 from h2keep.protocol.engines import DEFAULT_ENGINE
 from h2keep.runner import eventloop
+from h2keep.runner.ages import Ages
 from h2keep.runner.chance import KernelRandom
+from h2keep.runner.connecting import UNAWAITED_TIMEOUT, await_settings, connect, hasten, patience
 from h2keep.runner.connection import EventHook, Http2Connection, log
-from h2keep.runner.dial import DialOptions, Origin, Transport, dial
 from h2keep.runner.driver import start_driver
+from h2keep.runner.limits import ConnectionCount
+from h2keep.runner.moves import Moves
 from h2keep.runner.origin import PAUSES, OriginState, Waiter
 from h2keep.runner.tasks import Tasks
 from h2keep.runner.unused import UnusedConnections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
+    from h2keep.runner.dial import DialOptions, Origin, Transport
     from h2keep.runner.limits import Limits
     from h2keep.runner.request import PoolRequest
     from h2keep.runner.stream import Http2Stream
@@ -49,16 +48,6 @@ __all__ = ["Pool"]
 
 #: A hedge starts no sooner than this after the first waiter came, in seconds (K9).
 _LEAST_HEDGE_DELAY = 0.2
-#: A request is sent again this many times at most (K24).
-_MOST_MOVES = 3
-#: Before a request that was refused (REFUSED_STREAM) is sent again: at most this long at first, and at least half as
-#: long, in seconds (K24).
-_REFUSED_DELAY = 0.1
-#: Draining connections of one origin that never count against max_connections, at least (K22).
-_FREE_DRAINING = 2
-#: What nobody waits for may take this long to connect, in seconds: a replacement for an aged connection (K22), and a
-#: dial whose waiters have all gone.
-_UNAWAITED_TIMEOUT = 10.0
 
 
 class Pool:
@@ -85,13 +74,17 @@ class Pool:
         self._unused = UnusedConnections(limits, self.loop, self._tasks.spawn)
         #: Origins whose queue wants a dial that max_connections forbids now.
         self._starved: OrderedDict[OriginState, None] = OrderedDict()
-        self._dials = 0
-        #: Draining connections that don't count against max_connections.
-        self._free = 0
-        #: Requests on their way from one connection to another (K24).
-        self._moving = 0
-        #: Each ends the wait for a connection's age.
-        self._ages: dict[Http2Connection, anyio.CancelScope] = {}
+        self._count = ConnectionCount(limits.max_connections, self._states)
+        self._moves = Moves(self._tasks, self._random, self.open)
+        interval = keepalive.read_idle_timeout
+        self._ages = Ages(
+            limits.max_connection_age,
+            math.inf if interval is None else interval,
+            self._count,
+            self._tasks,
+            self._random,
+            self._replace,
+        )
         self._closed = False
         #: A connection was still open when the event loop ended.
         self._orphaned = False
@@ -145,7 +138,7 @@ class Pool:
         finally:
             state.leave(waiter)
             if waiter.gone and state.attempts:
-                self._hasten(state)
+                hasten(state, self.loop.time())
             self._tidy(state)
         if waiter.error is not None:
             raise waiter.error
@@ -156,7 +149,7 @@ class Pool:
         """Wait to be served: for a dial under the connect timeout, else for room under the pool timeout."""
         timeout = waiter.request.timeout
         if state.dials >= state.wanted() and not state.unverified:
-            seconds = self._connect_patience(timeout.connect)
+            seconds = patience(self._options.retries, timeout.connect)
             if await waiter.served(seconds):
                 return
             if state.dials:
@@ -167,48 +160,6 @@ class Pool:
                 f"{state.origin}: no connection had room for the request within {timeout.pool} s (pool timeout); "
                 f"{len(state.connections)} connections are open, {state.waiting} requests are waiting"
             )
-
-    def _connect_patience(self, timeout: float | None) -> float | None:
-        """How long all attempts to connect may take together."""
-        delays = list(_retry_delays(self._options.retries))
-        return None if timeout is None else timeout * len(delays) + sum(delay or 0.0 for delay in delays)
-
-    # Sending again (K24)
-
-    def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
-        """Owner."""
-        if self._closed or stream.attempts > _MOST_MOVES:
-            return False
-        scope = stream.retry_scope = anyio.CancelScope()
-        try:
-            self._tasks.spawn(lambda: self._move(stream, error, scope))
-        except ConnectError:
-            # The event loop is shutting down.
-            return False
-        self._moving += 1
-        log.debug("%s: a request is sent again, which wasn't processed: %s", stream.request.origin, error)
-        return True
-
-    async def _move(self, stream: Http2Stream, error: H2KeepError, scope: anyio.CancelScope) -> None:
-        try:
-            with scope:
-                if isinstance(error, StreamReset):
-                    await anyio.sleep(self._random.uniform(0.5, 1.0) * _REFUSED_DELAY * 2 ** (stream.attempts - 1))
-                if stream.replayable:
-                    await self.open(stream.request, stream)
-        except H2KeepError as failure:
-            # What kept it from being sent again is the news; why that was necessary is its cause.
-            failure.__cause__ = failure.__cause__ or error
-            stream.fail(failure)
-        except BaseException:
-            if not stream.attached:
-                stream.fail(error)
-            raise
-        finally:
-            self._moving -= 1
-            # Its new connection may have failed before this task noticed that there was one.
-            if stream.retry_scope is scope:
-                stream.retry_scope = None
 
     # Choosing
 
@@ -271,7 +222,7 @@ class Pool:
             state.expected = None
         accepting = connection.protocol.accepting
         if not accepting and connection not in state.draining:
-            self._count_draining(state, connection, state.draining.add)
+            self._count.drain(state.draining, connection)
             self._feed_starved()
         if not accepting or connection.protocol.prospective_slots <= 0:
             state.available.pop(connection, None)
@@ -329,29 +280,11 @@ class Pool:
         if state.dials < wanted:
             self._starved[state] = None
 
-    def _count_draining(
-        self, state: OriginState, connection: Http2Connection, change: Callable[[Http2Connection], None]
-    ) -> None:
-        """Add a connection to the draining ones, or take it from them (K22)."""
-        most = max(_FREE_DRAINING, self._limits.max_connections or 0)
-        self._free -= min(len(state.draining), most)
-        change(connection)
-        self._free += min(len(state.draining), most)
-
-    def _counted(self) -> int:
-        """Connections, those being made included, that count against max_connections."""
-        return len(self._states) - self._free + self._dials
-
-    def _is_below_limit(self) -> bool:
-        """Whether max_connections allows another connection."""
-        limit = self._limits.max_connections
-        return limit is None or self._counted() < limit
-
     def _may_dial(self) -> bool:
-        """The same; an unused connection may be closed for it."""
-        if not self._is_below_limit() and self._unused:
+        """Whether max_connections allows another connection; an unused one may be closed for it."""
+        if not self._count.below_limit() and self._unused:
             self._unused.close_oldest()
-        return self._is_below_limit()
+        return self._count.below_limit()
 
     def _fail_waiters(self, state: OriginState, error: BaseException, patience: float = math.inf) -> None:
         """Fail those that allow no more than `patience` for connecting."""
@@ -409,8 +342,7 @@ class Pool:
     # Dialling
 
     def _start_dial(self, state: OriginState) -> None:
-        state.dials += 1
-        self._dials += 1
+        self._note_dial(state, 1)
         self._starved.pop(state, None)
         # Those that allow less have clocks of their own.
         timeout = state.longest_connect()
@@ -428,13 +360,12 @@ class Pool:
         transport: Transport | None = None
         deadline = math.inf
         try:
-            transport, deadline = await self._connect(state, timeout)
+            transport, deadline = await connect(state, self._options, timeout)
         except Exception as error:  # noqa: BLE001
             # Whatever it was, the requests that wait for this dial must hear of it.
             failure = error
         finally:
-            state.dials -= 1
-            self._dials -= 1
+            self._note_dial(state, -1)
         connection: Http2Connection | None = None
         if transport is not None:
             try:
@@ -450,16 +381,17 @@ class Pool:
             self._feed_starved()
         self._tidy(state)
         if connection is not None and timeout is not None:
-            await self._await_settings(connection, timeout, deadline)
+            await await_settings(connection, timeout, deadline)
         return connection
 
-    def _hasten(self, state: OriginState) -> None:
-        """Somebody gave up: a dial isn't given more time than those allow who are left, or those who come next."""
-        most = state.longest_connect() if state.waiting else _UNAWAITED_TIMEOUT
-        if most is not None:
-            latest = self.loop.time() + most
-            for attempt in state.attempts:
-                attempt.deadline = min(attempt.deadline, latest)
+    async def _replace(self, state: OriginState) -> Http2Connection | None:
+        """Dial for the place of an aged connection (K22)."""
+        self._note_dial(state, 1)
+        return await self._dial(state, UNAWAITED_TIMEOUT, replaces=True)
+
+    def _note_dial(self, state: OriginState, change: int) -> None:
+        state.dials += change
+        self._count.dials += change
 
     def _dial_later(self, state: OriginState) -> None:
         """A dial failed. Those who wait for room on other connections still want one of their own, but not at once."""
@@ -485,49 +417,6 @@ class Pool:
 
         self._tasks.spawn(run)
 
-    async def _connect(self, state: OriginState, timeout: float | None) -> tuple[Transport, float]:
-        """A transport, and when its SETTINGS are due. Each attempt that `retries` allows has the whole timeout."""
-        origin = state.origin
-        for delay in _retry_delays(self._options.retries):
-            try:
-                return await self._attempt(state, timeout)
-            except HTTP2NotSupported:
-                raise
-            except ConnectError:
-                if delay is None or not state.waiting:
-                    raise
-                await anyio.sleep(delay)
-        raise AssertionError("the last attempt has no delay after it")
-
-    async def _attempt(self, state: OriginState, timeout: float | None) -> tuple[Transport, float]:
-        while True:
-            with anyio.move_on_after(timeout) as attempt:
-                deadline = attempt.deadline
-                state.attempts.add(attempt)
-                try:
-                    return await dial(state.origin, self._options), deadline
-                finally:
-                    state.attempts.discard(attempt)
-            if attempt.deadline == deadline or not state.waiting:
-                raise ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
-            # It was for others, who gave up; those who have come since are not to wait for what failed them.
-
-    async def _await_settings(self, connection: Http2Connection, timeout: float, deadline: float) -> None:
-        """See to it that the server's SETTINGS come within the connect timeout; requests are sent before they do."""
-        with anyio.CancelScope(deadline=deadline):
-            await connection.wait_ready()
-        if not connection.protocol.ready:
-            # They may have come while this loop was blocked: the reader's turn, as in K7.
-            await checkpoint()
-            await checkpoint()
-        if not connection.protocol.ready:
-            connection.give_up(
-                ConnectTimeout(
-                    f"{connection.origin}: the server accepted the connection, but sent no HTTP/2 SETTINGS within "
-                    f"{timeout} s (connect timeout)"
-                )
-            )
-
     def _adopt(self, state: OriginState, transport: Transport, *, ready: bool) -> Http2Connection:
         """Take a new connection in; one that isn't to be used yet will be, as soon as its SETTINGS come."""
         if self._closed:
@@ -547,59 +436,18 @@ class Pool:
         self._states[connection] = state
         if ready and state.streams:
             state.available[connection] = None
-        if self._limits.max_connection_age is not None:
-            # Up to a tenth less, lest all that were made at once be replaced at once.
-            age = self._limits.max_connection_age * (1 - 0.1 * self._random.random())
-            self._tasks.spawn(lambda: self._age(state, connection, age))
+        self._ages.begin(state, connection)
         self._serve(state)
         if ready:
             self._note_idle(connection)
             self._trim(state)
         return connection
 
-    # Age (K22)
-
-    async def _age(self, state: OriginState, connection: Http2Connection, age: float) -> None:
-        """Replace a connection when it has lived for so long; it ends when its last request has."""
-        await self._live_on(connection, age)
-        if connection.protocol.accepting:
-            if connection not in state.draining:
-                self._count_draining(state, connection, state.draining.add)
-            await self._replace(state, connection)
-            connection.retire()
-
-    async def _live_on(self, connection: Http2Connection, seconds: float) -> None:
-        """Sleep, until the connection ends at most."""
-        if connection in self._states:
-            with anyio.CancelScope() as self._ages[connection]:
-                await anyio.sleep(seconds)
-            self._ages.pop(connection, None)
-
-    async def _replace(self, state: OriginState, connection: Http2Connection) -> None:
-        """Connect anew, if that is of use. Until there is a replacement the old connection takes requests."""
-        began = self.loop.time()
-        pause, longest = PAUSES
-        while connection.protocol.accepting and self._is_wanted(state, connection):
-            if self._is_below_limit():
-                state.dials += 1
-                self._dials += 1
-                new = await self._dial(state, _UNAWAITED_TIMEOUT, replaces=True)
-                if new is not None and new.protocol.ready:
-                    return
-            elif any(other.protocol.ready and other.stats.ready_at >= began for other in state.connections):
-                # One that the queue asked for has taken its place.
-                return
-            await self._live_on(connection, pause)
-            pause = min(2 * pause, longest)
-
-    def _is_wanted(self, state: OriginState, connection: Http2Connection) -> bool:
-        """Whether a connection is in use, so that a replacement will be."""
-        interval = self._keepalive.read_idle_timeout
-        recently = math.inf if interval is None else interval
-        last = connection.last_request_at
-        return bool(state.waiting) or (last is not None and self.loop.time() - last < recently)
-
     # Owner: what connections report
+
+    def move(self, stream: Http2Stream, error: H2KeepError) -> bool:
+        """Owner."""
+        return not self._closed and self._moves.begin(stream, error)
 
     def connection_changed(self, connection: Http2Connection) -> None:
         """Owner."""
@@ -673,11 +521,8 @@ class Pool:
         if connection in state.unverified and isinstance(connection.protocol.error, ConnectionLost):
             state.lost = connection.protocol.error
         state.connections.discard(connection)
-        if connection in state.draining:
-            self._count_draining(state, connection, state.draining.discard)
-        age = self._ages.pop(connection, None)
-        if age is not None:
-            age.cancel()
+        self._count.forget(state.draining, connection)
+        self._ages.end(connection)
         state.available.pop(connection, None)
         state.unverified.pop(connection, None)
         state.expected = None
@@ -698,8 +543,7 @@ class Pool:
 
     def _trim(self, state: OriginState) -> None:
         """A hedge may have taken us over max_connections: one without requests makes way, of the same origin (K9d)."""
-        limit = self._limits.max_connections
-        if limit is not None and self._counted() - self._dials > limit and self._unused:
+        if self._count.above_limit() and self._unused:
             unused = (connection for connection in (*state.unverified, *state.available) if connection in self._unused)
             next(unused, next(iter(self._unused))).close()
 
@@ -741,7 +585,7 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether a request is open, unread, waiting for a connection, or moving to another one."""
-        if self._moving or len(self._unused) < len(self._states):
+        if self._moves or len(self._unused) < len(self._states):
             return True
         return any(state.waiting for state in self._origins.values())
 
@@ -749,10 +593,3 @@ class Pool:
     def left_open(self) -> bool:
         """Whether there are connections, or were when the event loop ended, that nobody has closed."""
         return not self._closed and (bool(self._states) or self._orphaned)
-
-
-def _retry_delays(retries: int) -> Iterator[float | None]:
-    """Seconds to wait after each failed attempt to connect, as httpcore does; None after the last."""
-    for number in range(retries):
-        yield 0.5 * 2 ** (number - 1) if number else 0.0
-    yield None
