@@ -18,18 +18,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from h2keep.errors import (
-    ConnectionGoingAway,
     ConnectionLost,
     H2KeepError,
     LocalProtocolError,
-    PingTimeout,
-    ReadTimeout,
     RemoteProtocolError,
-    StreamReset,
-    WriteTimeout,
 )
 from h2keep.keepalive import Keepalive, KeepaliveTimer, RandomSource, Verdict
-from h2keep.protocol import events
+from h2keep.protocol import events, reasons
 from h2keep.protocol.alarms import Alarms
 from h2keep.protocol.engine import Engine, ErrorCode
 from h2keep.protocol.engines import DEFAULT_ENGINE, engine_named
@@ -426,14 +421,14 @@ class Connection:
                 self._note_reply()
         except RemoteProtocolError as error:
             self._control_queued = True
-            self._end(_named(self.name, error), now)
+            self._end(reasons.named(self.name, error), now)
 
     def receive_eof(self, now: float, cause: Exception | None = None) -> None:
         """The transport ended: EOF, or `cause`."""
         if self.closed:
             return
         how = "was closed by the server" if cause is None else f"failed: {cause}"
-        error = self._loss(ConnectionLost, f"{self.name}: the connection {how}", now)
+        error = reasons.lost(f"{self.name}: the connection {how}", self.keepalive, now)
         error.__cause__ = cause
         self._end(error, now, in_order=cause is None and not self.open_streams)
 
@@ -446,13 +441,14 @@ class Connection:
                 self._time_out(stream, now)
             stuck = self._stuck_deadline()
             if stuck is not None and now >= stuck:
-                self._end(self._loss(ConnectionLost, f"{self.name}: the server takes no bytes any more", now), now)
+                text = f"{self.name}: the server takes no bytes any more"
+                self._end(reasons.lost(text, self.keepalive, now), now)
                 return
         verdict = self.keepalive.handle_timeout(now)
         if verdict is _SEND_PING:
             self._send_ping(now)
         elif verdict is _LOST:
-            self._end(self._ping_timeout(now), now)
+            self._end(reasons.ping_timeout(self.name, self.keepalive, now), now)
 
     # Engine reports
 
@@ -507,15 +503,12 @@ class Connection:
         """EngineHandler."""
         stream = self._streams[stream_id]
         refused = error_code == ErrorCode.REFUSED_STREAM and not (stream.response_seen or stream.informational)
-        text = f"{self.name}: the server reset the stream with error code {_code(error_code)}"
-        if refused:
-            text += "; it did not process the request, which can be sent again"
-        self._fail_stream(stream, StreamReset(text, error_code=error_code, unprocessed=refused))
+        self._fail_stream(stream, reasons.reset(self.name, error_code, refused=refused))
 
     def on_stream_error(self, stream_id: int, error_code: int, error: RemoteProtocolError) -> None:
         """EngineHandler."""
         self._note_reply()
-        self._fail_stream(self._streams[stream_id], _named(self.name, error))
+        self._fail_stream(self._streams[stream_id], reasons.named(self.name, error))
 
     def on_settings(self) -> None:
         """EngineHandler."""
@@ -568,20 +561,13 @@ class Connection:
         self.waiting_events.append(self.goaway)
         if before is not None and last_stream_id == before.last_stream_id:
             return
-        text = (
-            f"{self.name}: the server is closing the connection (GOAWAY, error code {_code(error_code)}, "
-            f"{debug_data!r}) and did not process the request, which can be sent again"
-        )
         for stream in [stream for stream in self._streams.values() if stream.open]:
             # What wasn't sent yet must not be sent any more, whatever the server still allows (RFC 9113, section 6.8).
             if stream.id <= last_stream_id and stream.fields is None:
                 continue
             if stream.fields is None:
                 self._engine.forget(stream.id)
-            error = ConnectionGoingAway(
-                text, last_stream_id=last_stream_id, error_code=error_code, debug_data=debug_data, unprocessed=True
-            )
-            self._fail_stream(stream, error)
+            self._fail_stream(stream, reasons.going_away(self.name, self.goaway))
 
     # Inside
 
@@ -711,12 +697,9 @@ class Connection:
         read = stream.read_deadline()
         error: H2KeepError
         if read is not None and read <= now:
-            what = "body bytes" if stream.response_seen else "response"
-            text = f"{self.name}: no {what} came on the stream within {stream.read_timeout} s"
-            error = ReadTimeout(text, unprocessed=False)
+            error = reasons.read_timeout(self.name, stream)
         else:
-            text = f"{self.name}: the {self._obstacle(stream)} took no bytes within {stream.write_timeout} s"
-            error = WriteTimeout(text, unprocessed=stream.fields is not None)
+            error = reasons.write_timeout(self.name, stream, self._obstacle(stream))
         if not stream.ended:
             self._timeouts_in_row += 1
             self.retired = self.retired or self._timeouts_in_row >= _TIMEOUTS_TO_RETIRE
@@ -733,22 +716,6 @@ class Connection:
                 return "connection's flow-control window"
         return "socket"
 
-    def _ping_timeout(self, now: float) -> ConnectionLost:
-        timer = self.keepalive
-        waited = now - (now if timer.last_ping_at is None else timer.last_ping_at)
-        text = (
-            f"{self.name}: the connection is dead: nothing came for {now - timer.last_life:.1f} s, {waited:.1f} s of "
-            f"them after a PING (read_idle_timeout={timer.interval}, ping_timeout={timer.policy.ping_timeout}); "
-            "whether the request was processed is unknown"
-        )
-        return self._loss(PingTimeout, text, now)
-
-    def _loss(self, kind: type[ConnectionLost], text: str, now: float) -> ConnectionLost:
-        timer = self.keepalive
-        if kind is ConnectionLost:
-            text += f" (last byte {now - timer.last_life:.1f} s ago)"
-        return kind(text, last_life=timer.last_life, ping_sent_at=timer.last_ping_at, rtt=timer.rtt_smoothed)
-
     def _end(self, error: H2KeepError, now: float, *, in_order: bool = False) -> None:
         """The connection is over: its open streams fail, each in its own right (K8)."""
         self.closed = True
@@ -762,14 +729,3 @@ class Connection:
                 stream.window.release()
         self.keepalive.close()
         self.waiting_events.append(events.ConnectionClosed(self.error, now))
-
-
-def _named(name: str, error: RemoteProtocolError) -> RemoteProtocolError:
-    named = RemoteProtocolError(f"{name}: {error}")
-    named.__cause__ = error.__cause__
-    return named
-
-
-def _code(error_code: int) -> str:
-    names = {value: name for name, value in vars(ErrorCode).items() if isinstance(value, int)}
-    return names.get(error_code, hex(error_code))
