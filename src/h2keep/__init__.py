@@ -33,10 +33,10 @@ if TYPE_CHECKING:
         WriteTimeout,
     )
     from h2keep.keepalive import Keepalive
-    from h2keep.runner.connection import ConnectionStats
     from h2keep.runner.limits import Limits
     from h2keep.runner.proxy import Proxy
     from h2keep.runner.request import Timeout
+    from h2keep.runner.stats import ConnectionStats
     from h2keep.sync import Client, SyncResponse
 
 __all__ = [
@@ -76,7 +76,7 @@ _HOMES = {
     "h2keep._install": ("install", "uninstall"),
     "h2keep.client": ("AsyncClient", "Headers", "Response"),
     "h2keep.keepalive": ("Keepalive",),
-    "h2keep.runner.connection": ("ConnectionStats",),
+    "h2keep.runner.stats": ("ConnectionStats",),
     "h2keep.runner.limits": ("Limits",),
     "h2keep.runner.request": ("Timeout",),
     "h2keep.runner.proxy": ("Proxy",),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from h2keep._proxies import ProxyFor
     from h2keep.protocol.events import ConnectionEvent
-    from h2keep.runner.connection import ConnectionStats, EventHook
+    from h2keep.runner.stats import ConnectionStats, EventHook
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["Connections"]

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from types import EllipsisType
 
     from h2keep.keepalive import Keepalive
-    from h2keep.runner.connection import ConnectionStats, EventHook
     from h2keep.runner.exchange import AwaitableExchange, BlockingExchange
     from h2keep.runner.limits import Limits
     from h2keep.runner.proxy import Proxy
+    from h2keep.runner.stats import ConnectionStats, EventHook
     from h2keep.runner.stream import Http2Stream
 
 __all__ = [

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from h2keep._library import AnyStream
-    from h2keep.runner.connection import EventHook
     from h2keep.runner.dial import SocketOption
     from h2keep.runner.request import Head
+    from h2keep.runner.stats import EventHook
 
 __all__ = ["AsyncTransport", "Transport"]
 

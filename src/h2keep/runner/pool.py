@@ -30,7 +30,7 @@ from h2keep.runner import eventloop
 from h2keep.runner.ages import Ages
 from h2keep.runner.chance import KernelRandom
 from h2keep.runner.connecting import UNAWAITED_TIMEOUT, await_settings, connect, hasten, patience
-from h2keep.runner.connection import EventHook, Http2Connection, log
+from h2keep.runner.connection import Http2Connection, log
 from h2keep.runner.driver import start_driver
 from h2keep.runner.limits import ConnectionCount
 from h2keep.runner.moves import Moves
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from h2keep.runner.dial import DialOptions, Origin, Transport
     from h2keep.runner.limits import Limits
     from h2keep.runner.request import PoolRequest
+    from h2keep.runner.stats import EventHook
     from h2keep.runner.stream import Http2Stream
 
 __all__ = ["Pool"]
