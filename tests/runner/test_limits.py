@@ -19,6 +19,7 @@ import h2keep
 from h2keep.protocol import connection as protocol_connection
 from h2keep.protocol.h2_engine import H2Engine
 from h2keep.runner.connection import Http2Connection
+from h2keep.runner.tasks import Tasks
 from support.clock import virtual_time
 from support.pools import assert_at_rest, connections_of, pool_of
 from support.raw import GONE, Peer, RawServer, answering, task_group
@@ -355,6 +356,20 @@ async def test_an_unused_connection_expires_after_keepalive_expiry_and_a_used_on
         await anyio.sleep(0.2)
         assert server.peers[0].ended
         assert server.peers[0].error is None
+
+
+async def test_requests_one_after_the_other_have_one_task_look_for_the_end_of_their_connections_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spawned = []
+    spawn = Tasks.spawn
+    monkeypatch.setattr(Tasks, "spawn", lambda tasks, run: (spawned.append(run), spawn(tasks, run)))
+    async with RawServer.listen() as server, client(keepalive_expiry=5.0) as c:
+        server.serve(answering())
+        for _ in range(20):
+            await c.get(server.url)
+    # One more dials.
+    assert len(spawned) == 2
 
 
 # Stream numbers

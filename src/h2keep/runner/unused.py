@@ -70,8 +70,10 @@ class UnusedConnections:
             connection.close()
 
     async def _expire(self, expiry: float) -> None:
-        """Close those that have been unused for so long; runs only while there are any."""
+        """Close those that have been unused for so long; ends when there are none, but not before."""
         try:
+            # Nobody's time is up sooner. Most that are unused are used again at once, and each time would begin anew.
+            await anyio.sleep(expiry)
             while self._connections:
                 oldest = next(iter(self._connections))
                 assert oldest.idle_since is not None
