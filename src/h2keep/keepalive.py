@@ -199,15 +199,20 @@ class KeepaliveTimer:
         self._extra_pings = 0
         self._suspicion_pinged = False
 
-    def note_stream_opened(self) -> None:
-        """A stream was opened. The first arms K3's PING; after a long silence it is due at once (K11)."""
+    def note_stream_opened(self) -> bool:
+        """A stream was opened; whether the deadline may have moved to an earlier time.
+
+        The first stream arms K3's PING; after a long silence it is due at once (K11).
+        """
         self.open_streams += 1
         if self.open_streams > 1:
-            return
+            return False
         # What was set for a stream before this one is mostly soon enough.
-        if self._wake_at is None or self._wake_at > self.last_life + self._least_interval:
-            self._take_in_life()
-            self._arm_anew()
+        if self._wake_at is not None and self._wake_at <= self.last_life + self._least_interval:
+            return False
+        self._take_in_life()
+        self._arm_anew()
+        return True
 
     def note_stream_closed(self) -> None:
         """A stream ended. The last one's end disarms a PING not yet sent, never an outstanding one (K11).

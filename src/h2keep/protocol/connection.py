@@ -264,8 +264,8 @@ class Connection:
         self._next_stream_id += 2
         self._streams[stream_id] = stream
         self.open_streams += 1
-        self.keepalive.note_stream_opened()
-        self.deadline_moved = self.deadline_moved or self.open_streams == 1
+        if self.keepalive.note_stream_opened():
+            self.deadline_moved = True
         self._outbox.add_head(stream)
         # Of which clock that is will be seen when it rings; most streams are over by then.
         if stream.patience < math.inf and self._alarms.arm(stream, now + stream.patience):

@@ -330,11 +330,11 @@ class Http2Connection:
         return written
 
     def write_taken(self) -> bool:
-        """The driver has got what `next_write` gave, so that it leaves before a goodbye; whether there is more."""
-        if self._open_before:
-            # Without a request it was but control frames, whose leaving changes nothing.
+        """The driver has sent what `next_write` gave, or will before a goodbye; whether there is more."""
+        protocol = self.protocol
+        if protocol.waiting_events or protocol.deadline_moved or protocol.open_streams != self._open_before:
             self._settle()
-        return self.protocol.has_data_to_send()
+        return protocol.has_data_to_send()
 
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
         """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""

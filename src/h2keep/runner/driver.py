@@ -244,9 +244,6 @@ class SocketDriver(ABC):
                     self._pacer.note_idle()
                     return _ALL
                 self._unsent = connection.next_write(self._pacer.budget, now)
-                more = connection.write_taken()
-                if not self._unsent:
-                    continue
                 body = self._protocol.body_bytes_sent
                 if body != self._body_taken:
                     self._body_taken = body
@@ -261,6 +258,9 @@ class SocketDriver(ABC):
             except OSError as error:
                 self._failure = error
                 return _FAILED
+            finally:
+                # Not before the peer can begin to work on it.
+                more = connection.write_taken()
             self._written += sent
             if sent < _TRIFLE and not (self._unsent or more):
                 self._pacer.note_idle()
@@ -526,6 +526,8 @@ def _keep_freed_memory() -> None:
 
 def _send(sock: socket.socket, pieces: list[bytes | memoryview]) -> tuple[int, list[bytes | memoryview]]:
     """Hand over as much of the pieces as the socket takes at once; how many bytes that is, and what remains."""
+    if not pieces:
+        return 0, pieces
     if len(pieces) == 1 or sys.platform == "win32":
         sent = sock.send(pieces[0])
         if sent == len(pieces[0]):
