@@ -129,12 +129,11 @@ class Http2Connection:
 
     # For the pool
 
-    def open(self, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
+    def open(self, now: float, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
         """Start a request, or move one here that was started on another connection and may be sent `again` (K24).
 
         Raises `LocalProtocolError` if it is malformed.
         """
-        now = self.loop.time()
         body = request.body
         whole = body if isinstance(body, bytes) else b""
         stream_id = self.protocol.send_request(
@@ -175,9 +174,8 @@ class Http2Connection:
         self.has_room = self.protocol.has_room
         return stream
 
-    def verified(self) -> bool:
+    def verified(self, now: float) -> bool:
         """Whether it may be given a request at once (K9); looks at the clocks first (K25)."""
-        now = self.loop.time()
         self._look_for_gap(now)
         return self.protocol.verified(now)
 
@@ -406,38 +404,45 @@ class Http2Connection:
         told: Http2Stream | None = None
         while waiting:
             event = waiting.popleft()
-            kind = type(event)
-            deliver = _DELIVERIES.get(kind)
-            if deliver is not None:
-                stream = streams.get(event.stream_id)  # type: ignore[union-attr]
-                if told is not None and stream is not told:
+            deliver = _FOR_READERS.get(type(event))
+            if deliver is None:
+                changed = self._act_on(event) or changed
+                continue
+            stream = streams.get(event.stream_id)  # type: ignore[union-attr]
+            if stream is not told:
+                if told is not None:
                     told.wake()
-                    told = None
-                if stream is not None and not (kind is events.StreamFailed and self._moves(event, stream)):
-                    deliver(stream, event)
-                    if kind not in _NOT_FOR_READERS:
-                        told = stream
-                changed = changed or kind is events.StreamFailed
-            elif kind in _OF_NO_CONCERN:
-                self._note(event)
-            else:
-                changed = True
-                if kind in (events.ConnectionReady, events.ConnectionClosed):
-                    self._ready.unpark()
-                if kind is events.SettingsChanged:
-                    self._owner.connection_limited(self)
-                    self._give_back()
-                else:
-                    self._note(event)
+                told = stream
+            if stream is not None:
+                deliver(stream, event)
         if told is not None:
             told.wake()
         return changed
 
-    def _moves(self, event: events.Event, stream: Http2Stream) -> bool:
-        """Whether the event is a failure after which the request is sent again, on another connection (K24)."""
-        if not (isinstance(event, events.StreamFailed) and event.error.unprocessed and stream.replayable):
+    def _act_on(self, event: events.Event) -> bool:
+        """Act on an event that whoever waits for a response need not be woken for; whether it concerns the pool."""
+        kind = type(event)
+        if isinstance(event, events.BodyRoom):
+            stream = self._streams.get(event.stream_id)
+            if stream is not None:
+                stream.room_came()
+        elif isinstance(event, events.StreamFailed):
+            stream = self._streams.get(event.stream_id)
+            if stream is not None and not self._moves(event.error, stream):
+                stream.fail(event.error)
+        elif kind is events.SettingsChanged:
+            self._owner.connection_limited(self)
+            self._give_back()
+        elif kind is not events.InformationalReceived:
+            if kind in (events.ConnectionReady, events.ConnectionClosed):
+                self._ready.unpark()
+            self._note(event)
+        return kind not in _OF_NO_CONCERN
+
+    def _moves(self, error: H2KeepError, stream: Http2Stream) -> bool:
+        """Whether the failed request is sent again, on another connection (K24)."""
+        if not (error.unprocessed and stream.replayable):
             return False
-        error = event.error
         # Not after timeouts: they are the request's own. Nor where HTTP/2 isn't spoken, as it won't be the next time.
         if self.orphaned or not isinstance(error, RemoteProtocolError | ConnectionLost):
             return False
@@ -496,20 +501,12 @@ class Http2Connection:
             log.exception("%s: the event hook failed on %r", self.origin, event)
 
 
-def _interim(_stream: Http2Stream, _event: events.InformationalReceived) -> None:
-    """Nobody waits for it."""
-
-
-#: What becomes of a stream's events. By type, as each request has several and chains of isinstance cost more.
-_DELIVERIES: dict[type, Callable[[Http2Stream, Any], None]] = {
+#: What becomes of the events that whoever waits for a response waits for, each of which most responses have. By type,
+#: as chains of isinstance cost more.
+_FOR_READERS: dict[type, Callable[[Http2Stream, Any], None]] = {
     events.ResponseReceived: Http2Stream.head_came,
     events.DataReceived: Http2Stream.data_came,
     events.StreamEnded: Http2Stream.response_ended,
-    events.StreamFailed: Http2Stream.failed,
-    events.BodyRoom: Http2Stream.room_came,
-    events.InformationalReceived: _interim,
 }
-#: Those that whoever waits for the response need not be woken for.
-_NOT_FOR_READERS = frozenset({events.BodyRoom, events.InformationalReceived})
-#: Those of a connection's events that change nothing for the pool.
-_OF_NO_CONCERN = frozenset({events.PingSent, events.PingAcknowledged})
+#: Those of the others that change nothing for the pool.
+_OF_NO_CONCERN = frozenset({events.BodyRoom, events.InformationalReceived, events.PingSent, events.PingAcknowledged})

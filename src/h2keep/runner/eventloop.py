@@ -110,11 +110,14 @@ class _AsyncioParker(Parker):
 
     def unpark(self) -> None:
         future, self._future = self._future, None
-        # A loop that was closed with its tasks in it is told things by their finally blocks.
-        if future is None or future.done() or self._loop.is_closed():
+        if future is None or future.done():
             self._permit = True
-        else:
+            return
+        try:
             future.set_result(None)
+        except RuntimeError:
+            # A loop that was closed with its tasks in it is told things by their finally blocks.
+            self._permit = True
 
     def park(self) -> Awaitable[None]:
         # The future itself: each coroutine around it would be gone through at every step.

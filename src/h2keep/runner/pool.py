@@ -115,8 +115,9 @@ class Pool:
         state = self._origins.get(request.origin)
         if state is None or state.waiting:
             return None
-        connection = self._choose(state)
-        return None if connection is None else self._open(state, connection, request)
+        now = self.loop.time()
+        connection = self._choose(state, now)
+        return None if connection is None else self._open(state, connection, now, request)
 
     async def open(self, request: PoolRequest, again: Http2Stream | None = None) -> Http2Stream:
         """Open the request when its turn has come; cancellation leaves the queue."""
@@ -183,11 +184,11 @@ class Pool:
             self._origins.pop(state.origin, None)
             self._starved.pop(state, None)
 
-    def _choose(self, state: OriginState) -> Http2Connection | None:
+    def _choose(self, state: OriginState, now: float) -> Http2Connection | None:
         """A verified connection with room, the one with the most recent life first (K9)."""
         while state.available:
             connection = next(reversed(state.available))
-            if connection.verified():
+            if connection.verified(now):
                 return connection
             del state.available[connection]
             if connection in state.connections:
@@ -199,6 +200,7 @@ class Pool:
         self,
         state: OriginState,
         connection: Http2Connection,
+        now: float,
         request: PoolRequest,
         again: Http2Stream | None = None,
     ) -> Http2Stream:
@@ -206,7 +208,7 @@ class Pool:
             self._unused.discard(connection)
         self._use_interval(state, connection)
         try:
-            stream = connection.open(request, again)
+            stream = connection.open(now, request, again)
         except BaseException:
             self._classify(state, connection)
             self._note_idle(connection)
@@ -244,14 +246,15 @@ class Pool:
             if first.again is not None and first.again.connection in state.available:
                 # It refused this request, so others are asked first (K24).
                 state.available.move_to_end(first.again.connection, last=False)
-            connection = self._choose(state)
+            now = self.loop.time()
+            connection = self._choose(state, now)
             if connection is None:
                 break
             # Out of the queue first: opening may report events, and these may lead here again.
             waiter = state.queue.popleft()
             state.waiting -= 1
             try:
-                waiter.stream = self._open(state, connection, waiter.request, waiter.again)
+                waiter.stream = self._open(state, connection, now, waiter.request, waiter.again)
                 state.failure = state.lost = None
             except H2KeepError as error:
                 waiter.error = error

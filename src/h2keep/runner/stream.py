@@ -123,14 +123,6 @@ class Http2Stream:
         self._trailers = event.trailers
         self.ended = True
 
-    def failed(self, event: events.StreamFailed) -> None:
-        """The request failed."""
-        self.fail(event.error)
-
-    def room_came(self, _event: events.BodyRoom) -> None:
-        """The body's next chunk is welcome, or nobody wants it any more."""
-        self._give_room()
-
     # For the connection and the pool
 
     @property
@@ -172,11 +164,12 @@ class Http2Stream:
         if self._complete:
             connection.send_data(stream_id, b"", end_stream=True)
         elif room:
-            self._give_room()
+            self.room_came()
         # Whoever waits begins to wait for this connection.
         self.wake()
 
-    def _give_room(self) -> None:
+    def room_came(self) -> None:
+        """The body's next chunk is welcome, or nobody wants it any more."""
         if self._room is not None:
             self._room.set()
 
