@@ -251,16 +251,19 @@ class SocketDriver(ABC):
                         # What was written before an upload is no part of it.
                         self._acknowledged = self._written
                     self._upload_mark = self._written + sum(map(len, self._unsent))
+            sent, obstacle = 0, None
             try:
                 sent, self._unsent = _send(self._socket, self._unsent)
             except BlockingIOError:
-                return _BLOCKED
+                obstacle = _BLOCKED
             except OSError as error:
-                self._failure = error
-                return _FAILED
-            finally:
-                # Not before the peer can begin to work on it.
-                more = connection.write_taken()
+                self._failure, obstacle = error, _FAILED
+            # Not before the peer can begin to work on it.
+            more = connection.write_taken()
+            if self._stopped:
+                break
+            if obstacle is not None:
+                return obstacle
             self._written += sent
             if sent < _TRIFLE and not (self._unsent or more):
                 self._pacer.note_idle()
