@@ -43,6 +43,7 @@ __all__ = [
     "HeaderTypes",
     "Headers",
     "LineSplitter",
+    "Prepared",
     "TimeoutTypes",
 ]
 
@@ -50,6 +51,8 @@ HeaderValue: TypeAlias = str | bytes
 HeaderTypes: TypeAlias = Mapping[str, HeaderValue] | Iterable[tuple[str | bytes, HeaderValue]]
 AnyContent: TypeAlias = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
 TimeoutTypes: TypeAlias = Timeout | float | None
+#: A request's head, its body and its timeouts.
+Prepared: TypeAlias = tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _DEFAULT_TIMEOUT = Timeout()
@@ -281,7 +284,7 @@ class BaseClient:
         headers: HeaderTypes = (),
         timeout: TimeoutTypes | EllipsisType = ...,
         extensions: Mapping[str, Any] | None = None,
-    ) -> tuple[Head, bytes | Iterable[bytes] | AsyncIterable[bytes] | None, Timeout]:
+    ) -> Prepared:
         """The request's head, its body and its timeouts."""
         if extensions or params or type(url) is not str or not (type(headers) is dict or headers == ()):
             known = self._look_at(method, url, params, headers, extensions)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from h2keep._messages import BaseClient, BaseResponse, Headers, HeaderTypes, LineSplitter, TimeoutTypes
+from h2keep._messages import BaseClient, BaseResponse, Headers, HeaderTypes, LineSplitter, Prepared, TimeoutTypes
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -190,7 +190,7 @@ class AsyncClient(BaseClient):
         the extension `sni_hostname` overrides the name for TLS. Raises the errors of `h2keep.errors`.
         """
         # No more coroutines than needed: each is gone through at every step that its innermost one takes.
-        stream = await self._open(method, url, content, json, params, headers, timeout, extensions)
+        stream = await self._open(self._prepare(method, url, content, json, params, headers, timeout, extensions))
         whole = stream.take_whole()
         response = Response(stream, whole)
         if whole is None:
@@ -243,10 +243,10 @@ class AsyncClient(BaseClient):
         return self.request("DELETE", url, **options)
 
     async def _send(self, *request: Any) -> Response:
-        return Response(await self._open(*request))
+        return Response(await self._open(self._prepare(*request)))
 
-    def _open(self, *request: Any) -> Awaitable[Http2Stream | AwaitableExchange]:
-        head, body, timeout = self._prepare(*request)
+    def _open(self, prepared: Prepared) -> Awaitable[Http2Stream | AwaitableExchange]:
+        head, body, timeout = prepared
         if body is not None and not isinstance(body, (bytes, AsyncIterable)):
             body = _as_async(body)
         return self._connections.send(head, body, timeout)

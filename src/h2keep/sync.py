@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from h2keep._messages import BaseClient, BaseResponse, HeaderTypes, LineSplitter, TimeoutTypes
+from h2keep._messages import BaseClient, BaseResponse, HeaderTypes, LineSplitter, Prepared, TimeoutTypes
 
 if TYPE_CHECKING:
     from types import EllipsisType, TracebackType
@@ -98,7 +98,7 @@ class Client(BaseClient):
         extensions: Mapping[str, Any] | None = None,
     ) -> SyncResponse:
         """Send a request and read the whole response; see `AsyncClient.request`."""
-        stream = self._open(method, url, content, json, params, headers, timeout, extensions)
+        stream = self._open(self._prepare(method, url, content, json, params, headers, timeout, extensions))
         whole = stream.take_whole()
         response = SyncResponse(stream, whole)
         if whole is None:
@@ -154,10 +154,10 @@ class Client(BaseClient):
         return self.request("DELETE", url, **options)
 
     def _send(self, *request: Any) -> SyncResponse:
-        return SyncResponse(self._open(*request))
+        return SyncResponse(self._open(self._prepare(*request)))
 
-    def _open(self, *request: Any) -> BlockingExchange:
-        head, body, timeout = self._prepare(*request)
+    def _open(self, prepared: Prepared) -> BlockingExchange:
+        head, body, timeout = prepared
         if isinstance(body, AsyncIterable):
             raise TypeError(f"content: {type(body).__name__} is an async iterable, which needs an AsyncClient")
         return self._connections.send_blocking(head, body, timeout)

@@ -244,13 +244,6 @@ class SocketDriver(ABC):
                     self._pacer.note_idle()
                     return _ALL
                 self._unsent = connection.next_write(self._pacer.budget, now)
-                body = self._protocol.body_bytes_sent
-                if body != self._body_taken:
-                    self._body_taken = body
-                    if self._acknowledged >= self._upload_mark:
-                        # What was written before an upload is no part of it.
-                        self._acknowledged = self._written
-                    self._upload_mark = self._written + sum(map(len, self._unsent))
             sent, obstacle = 0, None
             try:
                 sent, self._unsent = _send(self._socket, self._unsent)
@@ -258,7 +251,14 @@ class SocketDriver(ABC):
                 obstacle = _BLOCKED
             except OSError as error:
                 self._failure, obstacle = error, _FAILED
-            # Not before the peer can begin to work on it.
+            # The rest isn't done before the peer can begin to work on it.
+            body = self._protocol.body_bytes_sent
+            if body != self._body_taken:
+                self._body_taken = body
+                if self._acknowledged >= self._upload_mark:
+                    # What was written before an upload is no part of it.
+                    self._acknowledged = self._written
+                self._upload_mark = self._written + sent + sum(map(len, self._unsent))
             more = connection.write_taken()
             if self._stopped:
                 break
