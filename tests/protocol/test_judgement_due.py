@@ -60,3 +60,14 @@ def test_k17_nothing_is_due_on_a_closed_connection() -> None:
     connection.handle_timeout(30.0)
     connection.close(40.0)
     assert not connection.judgement_due(45.0)
+
+
+def test_k21_who_sleeps_hears_of_a_deadline_that_comes_after_one_of_a_stream_that_is_over() -> None:
+    connection = opened(read_timeout=5.0)
+    connection.release(1, 1.0)
+    # Nothing but the PING that is sent if a stream is open by then.
+    assert connection.next_deadline() == 30.0
+    connection.deadline_moved = False
+    connection.send_request(REQUEST, 2.0, read_timeout=5.0)
+    assert connection.deadline_moved
+    assert connection.next_deadline() == 7.0

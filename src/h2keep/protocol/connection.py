@@ -170,10 +170,10 @@ class Connection:
         if self.closed:
             return None
         deadline = self.keepalive.next_deadline()
-        if self._streams:
-            alarm = self._alarms.next_deadline()
-            if alarm is not None and (deadline is None or alarm < deadline):
-                deadline = alarm
+        # Asked where no stream is open, too: what those that are over have left there mustn't hide a later one's alarm.
+        alarm = self._alarms.next_deadline()
+        if alarm is not None and (deadline is None or alarm < deadline):
+            deadline = alarm
         if self._replies_since is None:
             return deadline
         stuck = self._stuck_deadline()
