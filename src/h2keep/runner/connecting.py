@@ -1,7 +1,8 @@
 """Connecting for those who wait in an origin's queue: under their timeout, with retries, until SETTINGS have come.
 
 One attempt serves many, so how long it may take is what the most patient of them allows; the others have clocks of
-their own. What becomes of the connection is the pool's affair.
+their own. From the moment on when one of them has given it up it may not take much longer: then those who still wait
+get another attempt. What becomes of the connection is the pool's affair.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["UNAWAITED_TIMEOUT", "await_settings", "connect", "hasten", "patience", "retry_delays"]
 
-#: What nobody waits for may take this long to connect, in seconds: a replacement for an aged connection (K22), and a
-#: dial whose waiters have all gone.
+#: What nobody waits for may take this long to connect, in seconds: a replacement for an aged connection (K22), and an
+#: attempt from the moment on when somebody gave it up.
 UNAWAITED_TIMEOUT = 10.0
 
 
@@ -68,15 +69,13 @@ async def _attempt(state: OriginState, options: DialOptions, timeout: float | No
                 state.attempts.discard(attempt)
         if attempt.deadline == deadline or not state.waiting:
             raise ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
-        # It was for others, who gave up; those who have come since are not to wait for what failed them.
+        # Who still waits may allow more time, but not everybody is to wait for an attempt that has failed others.
 
 
 def hasten(state: OriginState, now: float) -> None:
-    """Somebody gave up: an attempt isn't given more time than those allow who are left, or those who come next."""
-    most = state.longest_connect() if state.waiting else UNAWAITED_TIMEOUT
-    if most is not None:
-        for attempt in state.attempts:
-            attempt.deadline = min(attempt.deadline, now + most)
+    """Somebody gave up: attempts that may lead nowhere aren't given much more time."""
+    for attempt in state.attempts:
+        attempt.deadline = min(attempt.deadline, now + UNAWAITED_TIMEOUT)
 
 
 async def await_settings(connection: Http2Connection, timeout: float, deadline: float) -> None:

@@ -139,7 +139,7 @@ class Pool:
             raise
         finally:
             state.leave(waiter)
-            if waiter.gone and state.attempts:
+            if waiter.gone:
                 hasten(state, self.loop.time())
             self._tidy(state)
         if waiter.error is not None:
