@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests start hundreds of Pythons, none of which should compile anew what another has.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: bench bench-behaviour bench-quick demo test lint
+.PHONY: bench bench-behaviour bench-quick demo soak test lint
 
 demo: $(STAMP)
 	$(BIN)/python -m h2keep demo
@@ -19,6 +19,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Clients that do everything at once, over a network that fails in every way: a minute of each kind, or as long as
+# H2KEEP_SOAK_SECONDS says; H2KEEP_SOAK_SEED begins another one.
+soak: $(STAMP)
+	H2KEEP_SOAK_SECONDS=$${H2KEEP_SOAK_SECONDS:-60} $(BIN)/python -m pytest tests/soak
 
 # About 35 minutes, on a machine that does nothing else; then docs/performance.md is made of it.
 bench: $(STAMP)

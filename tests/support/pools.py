@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from h2keep.runner.connection import Http2Connection
     from h2keep.runner.pool import Pool
 
-__all__ = ["assert_at_rest", "connections_of", "pool_of"]
+__all__ = ["assert_at_rest", "assert_pool_at_rest", "connections_of", "pool_of"]
 
 
 def pool_of(client: h2keep.AsyncClient) -> Pool:
@@ -25,7 +25,11 @@ def connections_of(client: h2keep.AsyncClient) -> list[Http2Connection]:
 
 def assert_at_rest(client: h2keep.AsyncClient) -> None:
     """No request is open, waits or is half forgotten, and every connection can be found for the next request."""
-    pool = pool_of(client)
+    assert_pool_at_rest(pool_of(client))
+
+
+def assert_pool_at_rest(pool: Pool) -> None:
+    """The same, in the event loop of whatever pool it is."""
     assert pool._count.dials == 0
     assert not any(state.waiting for state in pool._starved)
     for state in pool._origins.values():

@@ -570,6 +570,9 @@ def _attribute(frame: frames.Frame, name: str) -> object:
 class RawServer:
     """Listens on 127.0.0.1, or on a unix socket; see the module's docstring."""
 
+    #: What the server's end of a connection is: a `Peer`, or one that does more.
+    kind: type[Peer] = Peer
+
     def __init__(self, listener: socket.socket, context: ssl.SSLContext | None, tasks: TaskGroup) -> None:
         self._listener = listener
         self._context = context
@@ -631,7 +634,7 @@ class RawServer:
         if sock.family == socket.AF_INET:
             # Nagle's algorithm waits in real time, of which virtual time knows nothing.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = Peer(sock, self._context, self._tasks)
+        peer = self.kind(sock, self._context, self._tasks)
         self.peers.append(peer)
         self._accepted.set()
         self._accepted = anyio.Event()
