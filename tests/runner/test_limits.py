@@ -25,6 +25,8 @@ from support.pools import assert_at_rest, connections_of, pool_of
 from support.raw import GONE, Peer, RawServer, answering, task_group
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from support.raw import RawRequest
 
 pytestmark = [pytest.mark.anyio, virtual_time, pytest.mark.usefixtures("leak_check")]
@@ -361,9 +363,14 @@ async def test_an_unused_connection_expires_after_keepalive_expiry_and_a_used_on
 async def test_requests_one_after_the_other_have_one_task_look_for_the_end_of_their_connections_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spawned = []
+    spawned: list[object] = []
     spawn = Tasks.spawn
-    monkeypatch.setattr(Tasks, "spawn", lambda tasks, run: (spawned.append(run), spawn(tasks, run)))
+
+    def noted(tasks: Tasks, run: Callable[[], Coroutine[None, None, None]]) -> None:
+        spawned.append(run)
+        spawn(tasks, run)
+
+    monkeypatch.setattr(Tasks, "spawn", noted)
     async with RawServer.listen() as server, client(keepalive_expiry=5.0) as c:
         server.serve(answering())
         for _ in range(20):
