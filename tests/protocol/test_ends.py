@@ -275,8 +275,9 @@ def test_what_a_released_stream_had_buffered_is_freed_at_once_with_the_stream() 
     stream = pair.client._streams[stream_id]
     pair.client.release(stream_id, pair.now)
     assert any(entry[1] == stream_id for entry in pair.client._alarms._heap)
-    # Ours, and the argument of that function: the alarm that was set holds a number.
-    assert sys.getrefcount(stream) == 2
+    # The alarm that was set holds a number. How many references of ours are counted depends on the Python.
+    ours_alone = object()
+    assert sys.getrefcount(stream) == sys.getrefcount(ours_alone)
 
 
 # K24: what the server may have seen

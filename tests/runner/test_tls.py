@@ -157,7 +157,8 @@ def test_a_bad_record_ends_it_and_good_data_before_it_counts(layer: TLSLayer, se
     bad[-1] ^= 1
     assert layer.receive(good + bytes(bad)) == (b"good", True)
     assert layer.failure is not None
-    assert "bad record mac" in str(layer.failure).lower()
+    # As OpenSSL says it before 3.5 and since.
+    assert layer.failure.reason in ("DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "RECORD_LAYER_FAILURE")
     # OpenSSL has an alert to send, which is for the writer.
     assert layer.pending()
     alert = layer.encrypt(b"")
