@@ -212,8 +212,8 @@ class AsyncioLoop(EventLoop):
         if getattr(self.native, "_asyncgens_shutdown_called", False):
             # asyncio.run has cancelled its tasks already and would never cancel this one.
             raise ConnectError("the event loop is shutting down")
-        # Not by the loop's task factory, whose tasks may begin at once (`asyncio.eager_task_factory`): whoever spawns is in
-        # the middle of something.
+        # Not by the loop's task factory: its tasks may begin at once (`asyncio.eager_task_factory`), in the middle of
+        # what spawns them.
         task = asyncio.Task(run(), loop=self.native, context=context or contextvars.Context())
         # A loop that is dropped without cancelling its tasks has nobody to tell "Task was destroyed" to.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
