@@ -186,6 +186,14 @@ class TestSharing:
         ):
             futures = [executor.submit(own.get, server.url) for _ in range(5)]
             eventually(lambda: server.peers and server.peers[0].requests, "one request came")
+            pool: Any = own._connections._lease._pool  # type: ignore[union-attr]
+
+            def asking() -> int:
+                waiting = sum(state.waiting for state in list(pool._origins.values()))
+                return waiting + sum(connection.protocol.open_streams for connection in list(pool._states))
+
+            # Whoever asks after the close has a pool that is new.
+            eventually(lambda: asking() == 5, "all have asked")
             own.close()
             errors = [future.exception(10) for future in futures]
         assert all(isinstance(error, h2keep.H2KeepError) for error in errors), errors
