@@ -330,6 +330,11 @@ if sys.argv[1] == "kept":
     before = faults()
     driver._keep_freed_memory()
     assert faults() - before < 20, "memory was touched"
+elif sys.argv[1] == "as it was":
+    # glibc's thresholds as they are before anything large is freed, which some Pythons do as they start.
+    import ctypes
+    for threshold in (-1, -3):
+        ctypes.CDLL(None).mallopt(threshold, 128 * 1024)
 for size in (64, 256):
     before = faults()
     for _ in range(200):
@@ -347,7 +352,7 @@ async def test_memory_that_downloads_free_is_kept_at_hand() -> None:
     assert max(await measured("kept")) < 16
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         # Else there would be no need for it: a MiB is 256 pages.
-        assert max(await measured("as it is")) > 128
+        assert max(await measured("as it was")) > 128
 
 
 # Bounds on what one peer can make us do (K23)
