@@ -189,8 +189,9 @@ class TestSharing:
             pool: Any = own._connections._lease._pool  # type: ignore[union-attr]
 
             def asking() -> int:
-                waiting = sum(state.waiting for state in list(pool._origins.values()))
-                return waiting + sum(connection.protocol.open_streams for connection in list(pool._states))
+                waiting: int = sum(state.waiting for state in list(pool._origins.values()))
+                opened: int = sum(connection.protocol.open_streams for connection in list(pool._states))
+                return waiting + opened
 
             # Whoever asks after the close has a pool that is new.
             eventually(lambda: asking() == 5, "all have asked")
