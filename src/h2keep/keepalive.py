@@ -9,6 +9,7 @@ and passes in the time, in seconds on one monotonic clock. 0.0 is a time like an
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -120,6 +121,17 @@ _NOTHING, _SEND_PING, _LOST = Verdict
 _IDLE, _USER = PingPurpose.IDLE, PingPurpose.USER
 
 
+@functools.lru_cache
+def _bounds(interval: float, jitter: float) -> tuple[float, float]:
+    """The least jittered interval, and by how much the longest is longer (K15).
+
+    Remembered, so that thousands of connections have the same two numbers: at each PING those are in the processor's
+    cache which others have just used.
+    """
+    least = (1 - jitter) * interval
+    return least, interval - least
+
+
 class KeepaliveTimer:
     """Decides for one connection when a PING is due and when the peer is dead.
 
@@ -129,7 +141,7 @@ class KeepaliveTimer:
     """
 
     __slots__ = (
-        "_allowance", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
+        "_allowed", "_awaiting_ack", "_distrusted", "_extensions", "_extra_pings", "_going_away", "_judge_at",
         "_keepalive_pings", "_least_interval", "_life_seen", "_looked_at", "_phase", "_random", "_share",
         "_silent_since", "_spread", "_suspicion_pinged", "_ticks", "_verified_for", "_wake_at", "interval", "last_life",
         "last_ping_at", "last_ping_purpose", "open_streams", "payload", "pings_acked", "pings_sent", "policy",
@@ -173,7 +185,7 @@ class KeepaliveTimer:
         self._ticks = 0
         self._judge_at = now
         self._extensions = 0
-        self._allowance = 0.0
+        self._allowed = 0.0
         self._distrusted = False
         # How long after the last life the connection counts as verified (K9), for ever without keepalive.
         idle = policy.read_idle_timeout
@@ -266,10 +278,11 @@ class KeepaliveTimer:
         # Time that we slept through is K7's to excuse. Charged to the allowance, it could use that up and still leave
         # a deadline that has passed, but no longer long enough ago to be excused.
         if not (now - self._judge_at > _LATE and self._extend(now)):
-            shift = min(now + self.policy.ping_timeout - self._judge_at, self._allowance)
+            allowance = _UPLOAD_ALLOWANCE * self.policy.ping_timeout - self._allowed
+            shift = min(now + self.policy.ping_timeout - self._judge_at, allowance)
             if shift <= 0:
                 return
-            self._allowance -= shift
+            self._allowed += shift
             self._judge_at += shift
             self._looked_at = now
             self._phase = _PINGED
@@ -430,9 +443,7 @@ class KeepaliveTimer:
 
     def _bound_interval(self) -> None:
         """Set the bounds between which K15 draws."""
-        interval = min(self.interval or 0.0, _FOREVER)
-        self._least_interval = (1 - self.policy.jitter) * interval
-        self._spread = interval - self._least_interval
+        self._least_interval, self._spread = _bounds(min(self.interval or 0.0, _FOREVER), self.policy.jitter)
 
     def _use_share(self, share: float) -> None:
         """Choose a silence's jittered interval by its place between the bounds (K15)."""
@@ -529,7 +540,7 @@ class KeepaliveTimer:
         self._use_share(self._random.random())
         self._judge_at = now + self.policy.ping_timeout
         self._extensions = 0
-        self._allowance = _UPLOAD_ALLOWANCE * self.policy.ping_timeout
+        self._allowed = 0.0
 
 
 class IntervalMemory:

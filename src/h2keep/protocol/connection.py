@@ -73,6 +73,13 @@ class Connection:
     name of a codec (`engines.engine_named`, whose errors it raises).
     """
 
+    __slots__ = (
+        "_alarms", "_control_queued", "_credit_due", "_engine", "_growth", "_held_slots", "_next_stream_id", "_now",
+        "_outbox", "_punished", "_replies", "_replies_since", "_settings_sent_at", "_streams", "_timeouts_in_row",
+        "_unread", "closed", "deadline_moved", "error", "goaway", "keepalive", "max_streams", "name", "open_streams",
+        "ready", "retired", "tells_of_pings", "waiting_events",
+    )  # fmt: skip
+
     def __init__(
         self,
         keepalive: Keepalive,
@@ -94,6 +101,8 @@ class Connection:
         self.ready = False
         #: Concurrent streams allowed: the peer's limit, at most 256; what to count on until its SETTINGS come.
         self.max_streams = ASSUMED_STREAMS
+        #: Whether PINGs and their ACKs make events: to tell of one costs a good part of what it takes to send it.
+        self.tells_of_pings = True
         #: `next_deadline` may have moved to an earlier time. Whoever sleeps until then puts this to False.
         self.deadline_moved = False
         #: Two timeouts in a row without progress: no new requests (K21).
@@ -106,6 +115,7 @@ class Connection:
         make_engine = engine_named(engine)
         self._engine: Engine = make_engine(self, initial_window=INITIAL_WINDOW, connection_window=CONNECTION_WINDOW)
         self._outbox = Outbox(self._engine)
+        self._control_queued = True  # the connection preface
         #: What `next_event` takes from, for whoever finds a call an event dear.
         self.waiting_events: deque[events.Event] = deque()
         self._streams: dict[int, Stream] = {}
@@ -140,12 +150,14 @@ class Connection:
 
     def pieces_to_send(self, limit: int, now: float) -> list[bytes | memoryview]:
         """As `data_to_send`, in pieces, for transports to which joining them would be a copy more."""
-        pieces, complete, relieved = self._outbox.collect(limit, now)
         self._control_queued = False
         self._replies = 0
         self._replies_since = None
         if self._settings_sent_at is None:
             self._settings_sent_at = now
+        if not self._streams:
+            return [self._engine.drain()]
+        pieces, complete, relieved = self._outbox.collect(limit, now)
         for stream in complete:
             if stream.ended:
                 self._close_stream(stream)
@@ -184,7 +196,7 @@ class Connection:
         if self.closed:
             return False
         # An unused connection, of which there may be thousands, has no deadlines but those of its PINGs.
-        if self._streams or self._replies_since is not None:
+        if self.open_streams or self._replies_since is not None:
             alarm, stuck = self._alarms.next_deadline(), self._stuck_deadline()
             if (alarm is not None and now >= alarm) or (stuck is not None and now >= stuck):
                 return True
@@ -436,7 +448,7 @@ class Connection:
         """Act on every deadline that has passed; where `judgement_due`, after two passes of the scheduler (K7)."""
         if self.closed:
             return
-        if self._streams or self._replies_since is not None:
+        if self.open_streams or self._replies_since is not None:
             for stream in self._alarms.due(now):
                 self._time_out(stream, now)
             stuck = self._stuck_deadline()
@@ -535,7 +547,7 @@ class Connection:
     def on_ping_acknowledged(self, payload: bytes) -> None:
         """EngineHandler."""
         rtt = self.keepalive.note_ping_ack(payload, self._now)
-        if rtt is not None:
+        if rtt is not None and self.tells_of_pings:
             self.waiting_events.append(_new(events.PingAcknowledged, (rtt, self._now)))
 
     def on_window_opened(self, stream_id: int) -> None:
@@ -570,8 +582,6 @@ class Connection:
             self._fail_stream(stream, reasons.going_away(self.name, self.goaway))
 
     # Inside
-
-    _control_queued = True  # the connection preface
 
     def _arm(self, stream: Stream, now: float) -> None:
         """One of the stream's clocks may have begun to run."""
@@ -664,7 +674,8 @@ class Connection:
     def _send_ping(self, now: float) -> bool:
         self._engine.send_ping(self.keepalive.payload)
         self._control_queued = self.deadline_moved = True
-        self.waiting_events.append(_new(events.PingSent, (self.keepalive.last_ping_purpose, now)))
+        if self.tells_of_pings:
+            self.waiting_events.append(_new(events.PingSent, (self.keepalive.last_ping_purpose, now)))
         return True
 
     def _count_reply(self, now: float) -> None:

@@ -33,19 +33,22 @@ def suspend_counting_clock() -> Callable[[], float]:
     return time.monotonic
 
 
+#: One for all connections, of which there may be thousands.
+_suspend_counting = suspend_counting_clock()
+
+
 class GapWatch:
     """Says how much time passed unseen since it was last asked."""
 
-    __slots__ = ("_now", "_offset", "_suspended", "_wall", "_wall_offset")
+    __slots__ = ("_offset", "_suspended", "_wall", "_wall_offset")
 
     def __init__(
         self,
         now: Callable[[], float],
-        suspended: Callable[[], float] | None = None,
+        suspended: Callable[[], float] = _suspend_counting,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._now = now
-        self._suspended = suspended or suspend_counting_clock()
+        self._suspended = suspended
         self._wall = wall
         at = now()
         self._offset = self._suspended() - at

@@ -86,8 +86,11 @@ class Driver(Protocol):
 class Http2Connection:
     """A connection that requests can be opened on; see the module's docstring."""
 
-    #: The driver's timer sleeps until this moment, None if for ever.
-    timer_armed_for: float | None = None
+    __slots__ = (
+        "_gaps", "_hook", "_hooked", "_open_before", "_owner", "_ready", "_security", "_streams", "being_verified", "driver",
+        "has_room", "idle_since", "last_request_at", "loop", "origin", "orphaned", "protocol", "reaped", "requests",
+        "stats", "timer_armed_for", "transport",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class Http2Connection:
         self.transport = transport
         self.loop = loop
         self.protocol = Connection(keepalive, random, loop.time(), name=str(origin), engine=engine)
+        #: The driver's timer sleeps until this moment, None if for ever.
+        self.timer_armed_for: float | None = None
         #: The pool waits for life before it gives this connection a request (K9).
         self.being_verified = False
         #: Since when no request is open or unread here, None while one is.
@@ -119,6 +124,7 @@ class Http2Connection:
         self.stats = ConnectionStats(self)
         self._owner = owner
         self._hook = hook
+        self._security = transport.security
         self._gaps = GapWatch(loop.time)
         self._streams: dict[int, Http2Stream] = {}
         self._hooked: list[ConnectionEvent] = []
@@ -189,6 +195,8 @@ class Http2Connection:
     def use_interval(self, read_idle_timeout: float) -> None:
         """The origin's interval changed (K13)."""
         self.protocol.use_interval(read_idle_timeout)
+        # Of the next one the owner is to know.
+        self.protocol.tells_of_pings = True
         self._check_timer()
 
     def ping(self) -> bool:
@@ -287,7 +295,7 @@ class Http2Connection:
         """Bytes from the socket: life first, unless they are a proxy's own (K2), then whatever they mean."""
         now = self.loop.time()
         self._look_for_gap(now)
-        security = self.transport.security
+        security = self._security
         plaintext, closed = security.receive(data)
         heard = security.heard
         if heard:
@@ -316,13 +324,11 @@ class Http2Connection:
 
     def next_write(self, limit: int, now: float) -> list[bytes | memoryview]:
         """Pieces of ciphertext to hand to the socket, none if there is nothing to say."""
-        pieces: list[bytes | memoryview] = [b""]
-        if self.protocol.has_data_to_send():
-            pieces = self.protocol.pieces_to_send(limit, now)
         written: list[bytes | memoryview] = []
-        for piece in pieces:
+        security = self._security
+        for piece in self.protocol.pieces_to_send(limit, now):
             # Of no bytes it makes what TLS has to say of its own accord.
-            ciphertext = self.transport.security.encrypt(piece)
+            ciphertext = security.encrypt(piece)
             if ciphertext:
                 written.append(ciphertext)
         return written
@@ -337,11 +343,18 @@ class Http2Connection:
     def deadline_due(self, now: float, *, upload_progressed: bool) -> None:
         """The protocol's deadline has passed; if `judgement_due`, the reader has had its chance (K7)."""
         self._look_for_gap(now)
+        protocol = self.protocol
+        timer = protocol.keepalive
+        protocol.tells_of_pings = (
+            self._hook is not None
+            or timer.interval != timer.policy.read_idle_timeout
+            or log.isEnabledFor(logging.DEBUG)
+        )
         if upload_progressed:
-            self.protocol.note_upload_progress(now)
-        self.protocol.handle_timeout(now)
+            protocol.note_upload_progress(now)
+        protocol.handle_timeout(now)
         # The timer is armed anew after this in any case.
-        self.protocol.deadline_moved = False
+        protocol.deadline_moved = False
         self._settle()
 
     # Inside
@@ -360,10 +373,11 @@ class Http2Connection:
     def _settle(self) -> None:
         """Act on what the last call to the protocol brought about."""
         protocol = self.protocol
+        open_streams = protocol.open_streams
         # A stream may end without an event: when its response came before its upload's end.
-        ended = protocol.open_streams < self._open_before
-        self._open_before = protocol.open_streams
-        changed = self._dispatch()
+        ended = open_streams < self._open_before
+        self._open_before = open_streams
+        changed = bool(protocol.waiting_events) and self._dispatch()
         if (ended or changed) and not protocol.closed and self._is_spent():
             protocol.close(self.loop.time())
             self._dispatch()
@@ -378,8 +392,8 @@ class Http2Connection:
                 self._check_timer()
         if changed or (ended and not (self.has_room and protocol.accepting)):
             self._tell_owner()
-        while self._hooked:
-            self._tell_hook(self._hooked.pop(0))
+        if self._hook is not None:
+            self._tell_hook(self._hook)
 
     def _tell_owner(self) -> None:
         self.has_room = self.protocol.has_room
@@ -492,13 +506,14 @@ class Http2Connection:
         if self._hook is not None:
             self._hooked.append(cast("ConnectionEvent", event))
 
-    def _tell_hook(self, event: ConnectionEvent) -> None:
-        assert self._hook is not None
-        try:
-            self._hook(self.stats, event)
-        except Exception:
-            # The hook is the user's; its failure must not end requests that have nothing to do with it.
-            log.exception("%s: the event hook failed on %r", self.origin, event)
+    def _tell_hook(self, hook: EventHook) -> None:
+        while self._hooked:
+            event = self._hooked.pop(0)
+            try:
+                hook(self.stats, event)
+            except Exception:
+                # The hook is the user's; its failure must not end requests that have nothing to do with it.
+                log.exception("%s: the event hook failed on %r", self.origin, event)
 
 
 #: What becomes of the events that whoever waits for a response waits for, each of which most responses have. By type,

@@ -29,7 +29,7 @@ if sys.platform == "linux":
     import termios
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from h2keep.runner.connection import Http2Connection
 
@@ -82,6 +82,11 @@ _ALL, _BLOCKED, _TURN_OVER, _FAILED = _Sent
 class SocketDriver(ABC):
     """What both drivers have in common: a `h2keep.runner.connection.Driver`. Subclasses say who runs when."""
 
+    __slots__ = (
+        "_acknowledged", "_body_taken", "_connection", "_failure", "_gone", "_loop", "_pacer", "_protocol",
+        "_read_size", "_running", "_socket", "_stopped", "_unsent", "_upload_mark", "_written",
+    )  # fmt: skip
+
     def __init__(self, connection: Http2Connection) -> None:
         self._connection = connection
         self._protocol = connection.protocol
@@ -92,7 +97,7 @@ class SocketDriver(ABC):
         self._running = 0
         self._gone = anyio.Event()
         self._read_size = _FIRST_READ
-        self._unsent: list[bytes | memoryview] = []
+        self._unsent: Sequence[bytes | memoryview] = ()
         #: Why the socket takes no more at all.
         self._failure: OSError | None = None
         self._written = 0
@@ -183,7 +188,7 @@ class SocketDriver(ABC):
         with contextlib.suppress(RuntimeError):
             self._let_go()
         # The writer may be about to hand it over.
-        self._unsent = []
+        self._unsent = ()
         sock.close()
 
     def reap(self) -> None:
@@ -308,6 +313,8 @@ class SocketDriver(ABC):
 class AnyioDriver(SocketDriver):
     """Three tasks: the reader is always in its receive, the writer alone sends, the timer does no I/O."""
 
+    __slots__ = ("_timer", "_writer")
+
     def __init__(self, connection: Http2Connection) -> None:
         super().__init__(connection)
         self._writer = self._loop.parker()
@@ -380,6 +387,8 @@ class AnyioDriver(SocketDriver):
 
 class CallbackDriver(SocketDriver):
     """asyncio's callbacks: the loop watches the socket all the time, and calls when there is something to do."""
+
+    __slots__ = ("_alarm", "_alarms", "_asyncio", "_blocked", "_context", "_end", "_writing")
 
     def __init__(self, connection: Http2Connection, loop: AsyncioLoop) -> None:
         super().__init__(connection)
@@ -527,26 +536,26 @@ def _keep_freed_memory() -> None:
     bytes(_KEPT // 2)
 
 
-def _send(sock: socket.socket, pieces: list[bytes | memoryview]) -> tuple[int, list[bytes | memoryview]]:
+def _send(sock: socket.socket, pieces: Sequence[bytes | memoryview]) -> tuple[int, Sequence[bytes | memoryview]]:
     """Hand over as much of the pieces as the socket takes at once; how many bytes that is, and what remains."""
     if not pieces:
         return 0, pieces
     if len(pieces) == 1 or sys.platform == "win32":
         sent = sock.send(pieces[0])
         if sent == len(pieces[0]):
-            return sent, pieces[1:]
+            return sent, pieces[1:] or ()
     else:
         sent = sock.sendmsg(pieces)
     return sent, _after(pieces, sent)
 
 
-def _after(pieces: list[bytes | memoryview], taken: int) -> list[bytes | memoryview]:
+def _after(pieces: Sequence[bytes | memoryview], taken: int) -> Sequence[bytes | memoryview]:
     """What follows so many bytes of the pieces."""
     for index, piece in enumerate(pieces):
         if taken < len(piece):
             return [memoryview(piece)[taken:], *pieces[index + 1 :]]
         taken -= len(piece)
-    return []
+    return ()
 
 
 def _unacknowledged(sock: socket.socket) -> int | None:
