@@ -87,9 +87,9 @@ class Http2Connection:
     """A connection that requests can be opened on; see the module's docstring."""
 
     __slots__ = (
-        "_gaps", "_hook", "_hooked", "_open_before", "_owner", "_ready", "_security", "_streams", "being_verified", "driver",
-        "has_room", "idle_since", "last_request_at", "loop", "origin", "orphaned", "protocol", "reaped", "requests",
-        "stats", "timer_armed_for", "transport",
+        "_gaps", "_hook", "_hooked", "_open_before", "_owner", "_ready", "_security", "_streams", "being_verified",
+        "driver", "has_room", "idle_since", "last_request_at", "loop", "origin", "orphaned", "protocol", "reaped",
+        "requests", "stats", "timer_armed_for", "transport",
     )  # fmt: skip
 
     def __init__(
