@@ -63,6 +63,8 @@ _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 #: How many heads a client remembers, and the most bytes that there may be in one and its URL.
 _MOST_KNOWN = 256
 _LONGEST_KNOWN = 4_096
+#: How many heads that came once are recognised when they come again.
+_MOST_MET = 1_024
 _OUR_FIELDS = [(b"user-agent", b"h2keep"), (b"accept", b"*/*")]
 _name_of = operator.itemgetter(0)
 
@@ -258,6 +260,9 @@ class BaseClient:
         self._default_names = frozenset(map(_name_of, self._default_fields))
         # By method, URL and headers. It holds secrets, and lives no longer than the client.
         self._known: dict[object, _Known] = {}
+        # The hashes of what came once. URLs that never come again are many, and what is kept in vain is garbage, found
+        # only after the collector has gone through it, once or twice.
+        self._met: set[int] = set()
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -298,7 +303,7 @@ class BaseClient:
         return Head(origin, fields, content_length), body, self._timeout if timeout is ... else _timeout(timeout)
 
     def _look_up(self, method: str, url: str, headers: Any) -> _Known:
-        """As `_look_at`, for the many requests that are as others before."""
+        """As `_look_at`, for the many requests that are as others before: those of two are remembered."""
         key = method, url, *(headers.items() if headers else ())
         try:
             known = self._known.get(key)
@@ -307,7 +312,12 @@ class BaseClient:
             return self._look_at(method, url, None, headers, None)
         if known is None:
             known = self._look_at(method, url, None, headers, None)
-            if len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
+            met = hash(key)
+            if met not in self._met:
+                if len(self._met) >= _MOST_MET:
+                    self._met.clear()
+                self._met.add(met)
+            elif len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
                 self._known[key] = known
@@ -353,6 +363,10 @@ def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, byte
     return origin, authority, target
 
 
+#: All requests to an origin hold the same object.
+_origin = functools.lru_cache(maxsize=256)(Origin)
+
+
 @functools.lru_cache(maxsize=256)
 def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
     """What isn't ASCII is encoded, what is encoded stays as it is."""
@@ -382,7 +396,7 @@ def _parse_url(url: str) -> tuple[Origin, bytes, bytes]:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError as error:
         raise UnsupportedProtocol(f"url: {url!r}: {host!r} is not a valid host name: {error}") from error
-    origin = Origin(scheme, host, port if port is not None else _DEFAULT_PORTS[scheme])
+    origin = _origin(scheme, host, port if port is not None else _DEFAULT_PORTS[scheme])
     authority = f"[{host}]" if ":" in host else host
     if origin.port != _DEFAULT_PORTS[scheme]:
         authority += f":{origin.port}"

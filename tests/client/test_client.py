@@ -159,21 +159,33 @@ async def test_what_requests_have_in_common_is_remembered_and_nothing_else(
     assert last(server).headers[":authority"] == "second.example"
 
 
+async def test_what_never_comes_again_is_not_remembered(client: h2keep.AsyncClient) -> None:
+    first = [client._prepare("GET", f"https://example.com/{turn}") for turn in range(2_000)]
+    assert not client._known
+    assert len(client._met) <= 1_024
+    assert len({id(head.origin) for head, _, _ in first}) == 1
+    assert client._prepare("GET", "https://example.com/1999") == first[-1]
+    assert client._prepare("GET", "https://example.com/1999") == first[-1]
+    assert len(client._known) == 1
+
+
 async def test_what_is_remembered_of_requests_is_bounded(client: h2keep.AsyncClient) -> None:
-    for turn in range(1_000):
-        client._prepare("GET", f"https://example.com/{turn}", None, None, None, (), ..., None)
-        client._prepare("GET", "https://example.com/", None, None, None, {"x-turn": str(turn)}, ..., None)
+    for turn in range(2_000):
+        client._prepare("GET", f"https://example.com/{turn // 2}", None, None, None, (), ..., None)
+        client._prepare("GET", "https://example.com/", None, None, None, {"x-turn": str(turn // 2)}, ..., None)
         assert len(client._known) <= 256
     before = len(client._known)
-    client._prepare("GET", "https://example.com/", None, None, None, {"x-long": 5_000 * "x"}, ..., None)
-    client._prepare(
-        "GET", "https://example.com/", None, None, None, {"x-some": "1"}, ..., {"sni_hostname": "a.example"}
-    )
-    client._prepare("GET", "https://example.com/", None, None, {"some": 1}, (), ..., None)
+    assert before
     long = 5_000 * "x"
     parsed = _messages._parse_url.cache_info().misses
-    for url in (f"https://example.com/?{long}", f"https://example.com/#{long}", f"https://example.com/{long}"):
-        client._prepare("GET", url)
+    for _ in range(3):
+        client._prepare("GET", "https://example.com/", None, None, None, {"x-long": long}, ..., None)
+        client._prepare(
+            "GET", "https://example.com/", None, None, None, {"x-some": "1"}, ..., {"sni_hostname": "a.example"}
+        )
+        client._prepare("GET", "https://example.com/", None, None, {"some": 1}, (), ..., None)
+        for url in (f"https://example.com/?{long}", f"https://example.com/#{long}", f"https://example.com/{long}"):
+            client._prepare("GET", url)
     assert len(client._known) == before
     assert _messages._parse_url.cache_info().misses == parsed
 

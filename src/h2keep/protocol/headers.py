@@ -41,22 +41,27 @@ def request_fields(
     `authority` goes to `:authority`; a `host` field would say the same twice and is refused like any other
     connection-specific field. Raises `LocalProtocolError` naming the offending part and its value.
     """
-    head = _head(method, scheme, authority, target)
+    head = [*_pseudo_fields(method, scheme, authority), _path(target)]
     return head, check_fields(fields, into=head)
 
 
-def _head(method: bytes, scheme: bytes, authority: bytes, target: bytes) -> Headers:
+def _pseudo_fields(method: bytes, scheme: bytes, authority: bytes) -> Headers:
+    """All but the last, in which requests to one server differ."""
     if not _TOKEN.fullmatch(method):
         raise LocalProtocolError(f"method: {method!r} is not a token (RFC 9110, section 9.1)", unprocessed=True)
     if not _AUTHORITY.fullmatch(authority):
         raise LocalProtocolError(
             f"Host: {authority!r} is not a valid authority; it takes host[:port] alone", unprocessed=True
         )
+    return [(b":method", method), (b":authority", authority), (b":scheme", scheme)]
+
+
+def _path(target: bytes) -> tuple[bytes, bytes]:
     if not _TARGET.fullmatch(target):
         raise LocalProtocolError(
             f"path: {target!r} must begin with '/' and hold neither spaces nor control characters", unprocessed=True
         )
-    return [(b":method", method), (b":authority", authority), (b":scheme", scheme), (b":path", target)]
+    return b":path", target
 
 
 class FieldMemory:
@@ -71,26 +76,23 @@ class FieldMemory:
     _MOST = 1_024
     #: Values longer than this, in bytes, are rarely those of the next request.
     _LONGEST = 256
-    #: Nor are those of targets longer than this.
-    _LONGEST_TARGET = 4_096
 
     def __init__(self) -> None:
         self._good: set[tuple[bytes, bytes]] = set()
-        self._heads: dict[tuple[bytes, bytes, bytes, bytes], Headers] = {}
+        self._heads: dict[tuple[bytes, bytes, bytes], Headers] = {}
 
     def request_fields(
         self, method: bytes, scheme: bytes, authority: bytes, target: bytes, fields: Iterable[tuple[bytes, bytes]]
     ) -> tuple[Headers, int | None]:
         """As the function of that name."""
-        key = method, scheme, authority, target
+        key = method, scheme, authority
         known = self._heads.get(key)
         if known is None:
-            known = _head(*key)
-            if len(target) <= self._LONGEST_TARGET:
-                if len(self._heads) >= self._MOST:
-                    self._heads.clear()
-                self._heads[key] = known
-        head = known.copy()
+            known = _pseudo_fields(*key)
+            if len(self._heads) >= self._MOST:
+                self._heads.clear()
+            self._heads[key] = known
+        head = [*known, _path(target)]
         good, content_length = self._good, None
         for field in fields:
             if field in good:
