@@ -90,6 +90,16 @@ def test_k3_an_ack_that_matches_nothing_is_life_and_no_more() -> None:
     assert not pair.happened(events.PingAcknowledged)
 
 
+def test_k3_pings_that_nobody_is_told_of_go_out_all_the_same() -> None:
+    pair = Pair(Keepalive(read_idle_timeout=2.0, ping_timeout=1.0, jitter=0.0))
+    pair.client.tells_of_pings = False
+    pair.request()
+    pair.run(9.0)
+    assert pair.client.keepalive.pings_sent == pair.client.keepalive.pings_acked == 4
+    assert not pair.happened(events.PingSent)
+    assert not pair.happened(events.PingAcknowledged)
+
+
 def test_k4_an_upload_that_progresses_is_given_more_time_but_not_for_ever() -> None:
     pair = Pair(Keepalive(read_idle_timeout=10.0, ping_timeout=5.0, jitter=0.0))
     pair.request(end_stream=False)

@@ -258,6 +258,26 @@ async def test_k20_every_ping_at_debug_and_every_loss_at_info(
     assert records == [ping, ack, ping, loss, ping, ack, goaway]
 
 
+async def test_k20_pings_are_logged_from_when_that_is_asked_for(
+    plain_ends: Ends, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with plain_ends.listen() as server, plain_ends.client() as c:
+        server.serve(answering(delay=130.0))
+
+        async def switch() -> None:
+            await anyio.sleep(70.0)
+            assert len(server.peers[0].pings) == 2
+            assert "PING" not in caplog.text
+            caplog.set_level("DEBUG")
+            await anyio.sleep(30.0)
+            assert caplog.text.count("PING (idle)") == caplog.text.count("PING acknowledged") == 1
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(switch)
+            await c.get(server.url)
+
+
 # Timeouts belong to streams
 
 
