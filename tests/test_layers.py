@@ -39,7 +39,7 @@ LEVELS = [
     ("protocol",),
     ("runner",),
     ("_proxies",),
-    ("_connections", "_fallback"),
+    ("_connections", "_fallback", "_recurring"),
     ("_messages",),
     ("client",),
     ("sync",),

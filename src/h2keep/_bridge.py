@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from h2keep import errors
 from h2keep._fallback import Where
+from h2keep._recurring import LONGEST, Recurring
 from h2keep.protocol.headers import CONNECTION_SPECIFIC, check_fields
 from h2keep.runner.dial import Origin
 from h2keep.runner.limits import Limits
@@ -41,9 +42,6 @@ _NOT_FORWARDED = CONNECTION_SPECIFIC | {b"host"}
 _NO_TIMEOUT = Timeout(None, None, None, None)
 #: As `_library` names the other phases that `trace` is told of.
 _HEAD = "http2.receive_response_headers"
-#: How many kinds of requests are remembered, and the most bytes that there may be in the target and fields of one.
-_MOST_KNOWN = 256
-_LONGEST_KNOWN = 4_096
 _LENGTH_NAMES = (b"Content-Length", b"content-length")
 
 
@@ -64,9 +62,8 @@ class Requests(ABC):
     _connections: Connections
     _fallback: Fallback
 
-    #: What is known of a client's requests, by all that they say but for the length of their bodies. It holds secrets,
-    #: and lives no longer than the client.
-    _known: dict[object, _Known]
+    #: What is known of a client's requests, by all that they say but for the length of their bodies.
+    _known: Recurring[_Known]
 
     @abstractmethod
     def _address(self, request: Any) -> tuple[str, bytes, int | None, str | None]:
@@ -100,10 +97,8 @@ class Requests(ABC):
         known = self._known.get(key)
         if known is None:
             known = _Known(Where(*address), forwarded(fields))
-            if len(target) + sum(map(len, itertools.chain.from_iterable(fields))) <= _LONGEST_KNOWN:
-                if len(self._known) >= _MOST_KNOWN:
-                    self._known.clear()
-                self._known[key] = known
+            if len(target) + sum(map(len, itertools.chain.from_iterable(fields))) <= LONGEST:
+                self._known.offer(key, known)
         return known, length
 
     def _head_of(self, request: Any, known: _Known, length: bytes | None) -> Head:

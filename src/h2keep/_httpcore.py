@@ -19,6 +19,7 @@ from h2keep._bridge import (
 from h2keep._connections import Connections
 from h2keep._fallback import Fallback, Where, marked, tcp_keepalive
 from h2keep._library import extensions_of
+from h2keep._recurring import Recurring
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +87,7 @@ class _StandIn(Requests):
     ) -> None:
         self._library = library
         self._stock = stock
-        self._known = {}
+        self._known = Recurring()
         self._connections = connections
         self._fallback = fallback
         self._tcp_keepalive = has_tcp_keepalive

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from h2keep import _proxies
 from h2keep._connections import Connections
+from h2keep._recurring import LONGEST, Recurring
 from h2keep.errors import UnsupportedProtocol
 from h2keep.runner.dial import Origin, SocketOption
 from h2keep.runner.request import REPLAY_BUFFER, Head, Timeout
@@ -60,11 +61,6 @@ _URL_SAFE = "!#$%&'()*+,/:;=?@[]~"
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
-#: How many heads a client remembers, and the most bytes that there may be in one and its URL.
-_MOST_KNOWN = 256
-_LONGEST_KNOWN = 4_096
-#: How many heads that came once are recognised when they come again.
-_MOST_MET = 1_024
 _OUR_FIELDS = [(b"user-agent", b"h2keep"), (b"accept", b"*/*")]
 _name_of = operator.itemgetter(0)
 
@@ -258,11 +254,8 @@ class BaseClient:
         #: What requests have unless they have a field of that name themselves.
         self._default_fields = own + [field for field in _OUR_FIELDS if field[0] not in dict(own)]
         self._default_names = frozenset(map(_name_of, self._default_fields))
-        # By method, URL and headers. It holds secrets, and lives no longer than the client.
-        self._known: dict[object, _Known] = {}
-        # The hashes of what came once. URLs that never come again are many, and what is kept in vain is garbage, found
-        # only after the collector has gone through it, once or twice.
-        self._met: set[int] = set()
+        # By method, URL and headers.
+        self._known: Recurring[_Known] = Recurring()
         self._connections = Connections(
             context,
             keepalive=keepalive,
@@ -303,7 +296,7 @@ class BaseClient:
         return Head(origin, fields, content_length), body, self._timeout if timeout is ... else _timeout(timeout)
 
     def _look_up(self, method: str, url: str, headers: Any) -> _Known:
-        """As `_look_at`, for the many requests that are as others before: those of two are remembered."""
+        """As `_look_at`, for the many requests that are as others before."""
         key = method, url, *(headers.items() if headers else ())
         try:
             known = self._known.get(key)
@@ -312,15 +305,8 @@ class BaseClient:
             return self._look_at(method, url, None, headers, None)
         if known is None:
             known = self._look_at(method, url, None, headers, None)
-            met = hash(key)
-            if met not in self._met:
-                if len(self._met) >= _MOST_MET:
-                    self._met.clear()
-                self._met.add(met)
-            elif len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= _LONGEST_KNOWN:
-                if len(self._known) >= _MOST_KNOWN:
-                    self._known.clear()
-                self._known[key] = known
+            if len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= LONGEST:
+                self._known.offer(key, known)
         return known
 
     def _look_at(
@@ -356,7 +342,7 @@ def _split_url(url: str, params: Mapping[str, Any] | None) -> tuple[Origin, byte
     """The origin, the authority and the target."""
     if not isinstance(url, str):
         raise TypeError(f"url: {url!r} is not a str")
-    parse = _parse_url if len(url) <= _LONGEST_KNOWN else _parse_url.__wrapped__
+    parse = _parse_url if len(url) <= LONGEST else _parse_url.__wrapped__
     origin, authority, target = parse(url)
     if params:
         target += (b"&" if b"?" in target else b"?") + urlencode(params, doseq=True).encode("ascii")

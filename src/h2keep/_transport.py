@@ -14,6 +14,7 @@ from h2keep._bridge import AsyncBridge, Bridge, Forwarded, Requests, limits_of, 
 from h2keep._connections import Connections
 from h2keep._fallback import Fallback, OwnTransports, Where
 from h2keep._library import extensions_of
+from h2keep._recurring import Recurring
 from h2keep.keepalive import Keepalive
 from h2keep.runner.limits import Limits
 from h2keep.runner.request import REPLAY_BUFFER
@@ -83,7 +84,7 @@ class _Transport(Requests):
         context = self._library.module.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)
         options: tuple[SocketOption, ...] = tuple(socket_options or ())
         proxy_for = self._library.proxy_for(proxy, trust_env=trust_env and uds is None)
-        self._known = {}
+        self._known = Recurring()
         self._connections = Connections(
             context,
             keepalive=keepalive,

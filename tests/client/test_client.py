@@ -162,7 +162,7 @@ async def test_what_requests_have_in_common_is_remembered_and_nothing_else(
 async def test_what_never_comes_again_is_not_remembered(client: h2keep.AsyncClient) -> None:
     first = [client._prepare("GET", f"https://example.com/{turn}") for turn in range(2_000)]
     assert not client._known
-    assert len(client._met) <= 1_024
+    assert len(client._known._met) <= 1_024
     assert len({id(head.origin) for head, _, _ in first}) == 1
     assert client._prepare("GET", "https://example.com/1999") == first[-1]
     assert client._prepare("GET", "https://example.com/1999") == first[-1]
