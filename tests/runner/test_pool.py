@@ -292,6 +292,31 @@ async def test_impatient_requests_do_not_fail_for_ever_while_a_patient_one_waits
         assert_at_rest(c)
 
 
+async def test_a_line_that_is_slow_to_connect_is_given_the_time_though_others_always_give_up(
+    server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
+) -> None:
+    async with RawServer.listen(server_ssl) as server, client(verify=client_ssl) as c, task_group() as tasks:
+        outcomes = Requests(c, server.url, tasks)
+
+        async def give_up() -> None:
+            for number in range(1, 10):
+                await outcomes.start_in_order(number, timeout=h2keep.Timeout(connect=1.0))
+                await anyio.sleep(3.0)
+
+        await outcomes.start_in_order(0, timeout=None)
+        await server.accept()
+        tasks.start_soon(give_up)
+        peer = await server.accept()
+        # More than any attempt had at first.
+        await anyio.sleep(15.0)
+        assert len(outcomes.errors) > 5
+        await peer.handshake()
+        tasks.start_soon(serve, peer)
+        await outcomes.finish(10)
+        assert 0 in outcomes.done
+        assert len(server.peers) == 2
+
+
 async def test_an_impatient_request_does_not_end_the_dial_that_a_patient_one_waits_for(
     server_ssl: ssl.SSLContext, client_ssl: ssl.SSLContext
 ) -> None:

@@ -26,6 +26,8 @@ __all__ = ["UNAWAITED_TIMEOUT", "await_settings", "connect", "hasten", "patience
 #: What nobody waits for may take this long to connect, in seconds: a replacement for an aged connection (K22), and an
 #: attempt from the moment on when somebody gave it up.
 UNAWAITED_TIMEOUT = 10.0
+#: What the next attempt has after one that was given up is twice as long, up to this: the line may be slow.
+_LONGEST_ALLOWANCE = 60.0
 
 
 def retry_delays(retries: int) -> Iterator[float | None]:
@@ -59,23 +61,25 @@ async def connect(state: OriginState, options: DialOptions, timeout: float | Non
 
 
 async def _attempt(state: OriginState, options: DialOptions, timeout: float | None) -> tuple[Transport, float]:
+    allowance = UNAWAITED_TIMEOUT
     while True:
         with anyio.move_on_after(timeout) as attempt:
             deadline = attempt.deadline
-            state.attempts.add(attempt)
+            state.attempts[attempt] = allowance
             try:
                 return await dial(state.origin, options), deadline
             finally:
-                state.attempts.discard(attempt)
+                del state.attempts[attempt]
         if attempt.deadline == deadline or not state.waiting:
             raise ConnectTimeout(f"{state.origin}: not connected within {timeout} s (connect timeout)")
         # Who still waits may allow more time, but not everybody is to wait for an attempt that has failed others.
+        allowance = min(2 * allowance, _LONGEST_ALLOWANCE)
 
 
 def hasten(state: OriginState, now: float) -> None:
     """Somebody gave up: attempts that may lead nowhere aren't given much more time."""
-    for attempt in state.attempts:
-        attempt.deadline = min(attempt.deadline, now + UNAWAITED_TIMEOUT)
+    for attempt, allowance in state.attempts.items():
+        attempt.deadline = min(attempt.deadline, now + allowance)
 
 
 async def await_settings(connection: Http2Connection, timeout: float, deadline: float) -> None:

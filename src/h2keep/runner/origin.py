@@ -85,8 +85,8 @@ class OriginState:
     #: If that was the connect timeout: how long it was. Who allows more may still have it.
     patience: float = math.inf
     lost: ConnectionLost | None = None
-    #: The attempts to connect that are under way.
-    attempts: set[anyio.CancelScope] = field(default_factory=set)
+    #: The attempts to connect that are under way, with the seconds that each has left once somebody gives it up.
+    attempts: dict[anyio.CancelScope, float] = field(default_factory=dict)
 
     def longest_connect(self) -> float | None:
         """The longest that those who wait allow for connecting, None for ever. Somebody must be waiting."""
