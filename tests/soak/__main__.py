@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from typing import Any
 
 import anyio
@@ -48,6 +49,8 @@ def _hear_complaints(violations: Violations) -> None:
             if record.levelno >= logging.WARNING:
                 violations.add(f"logged: {self.format(record)}")
 
+    # Trio says so of any generator; those are httpx's, and it is the soak that forgets them.
+    warnings.filterwarnings("ignore", "Async generator 'httpx", ResourceWarning)
     logging.getLogger().addHandler(Ears())
     sys.unraisablehook = lambda args: violations.add(
         f"unraisable: {args.err_msg} {args.object!r} {''.join(traceback.format_exception(args.exc_value))}"

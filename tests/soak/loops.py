@@ -181,12 +181,10 @@ class AsyncStorm(Storm):
         async with client.stream(request.method, request.url, **self._arguments(door, request, chance)) as response:
             body = bytearray()
             if enough:
-                # Trio complains of httpx's generators if nobody closes them.
-                async with contextlib.aclosing(response.aiter_bytes()) as chunks:
-                    async for chunk in chunks:
-                        body += chunk
-                        if len(body) >= enough:
-                            break
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) >= enough:
+                        break
             request.check(response.status_code, response.headers, bytes(body), whole=False)
 
     async def _forget(self, door: Door, client: Any, chance: random.Random) -> None:
