@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from h2keep import errors
 from h2keep._fallback import Where
-from h2keep._recurring import LONGEST, Recurring
 from h2keep.protocol.headers import CONNECTION_SPECIFIC, check_fields
 from h2keep.runner.dial import Origin
 from h2keep.runner.limits import Limits
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from h2keep._connections import Connections
     from h2keep._fallback import Body, Fallback
     from h2keep._library import AnyStream, BlockingTrace, Library, Trace
+    from h2keep._recurring import Recurring
 
 __all__ = [
     "AsyncBridge",
@@ -97,8 +97,7 @@ class Requests(ABC):
         known = self._known.get(key)
         if known is None:
             known = _Known(Where(*address), forwarded(fields))
-            if len(target) + sum(map(len, itertools.chain.from_iterable(fields))) <= LONGEST:
-                self._known.offer(key, known)
+            self._known.offer(key, known, len(target) + sum(map(len, itertools.chain.from_iterable(fields))))
         return known, length
 
     def _head_of(self, request: Any, known: _Known, length: bytes | None) -> Head:

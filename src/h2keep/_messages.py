@@ -305,8 +305,8 @@ class BaseClient:
             return self._look_at(method, url, None, headers, None)
         if known is None:
             known = self._look_at(method, url, None, headers, None)
-            if len(url) + sum(len(name) + len(value) for name, value in known.head.fields) <= LONGEST:
-                self._known.offer(key, known)
+            size = len(url) + sum(len(name) + len(value) for name, value in known.head.fields)
+            self._known.offer(key, known, size)
         return known
 
     def _look_at(

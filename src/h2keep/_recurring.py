@@ -27,8 +27,10 @@ class Recurring(dict[object, T], Generic[T]):
         # Hashes, which hold nothing.
         self._met: set[int] = set()
 
-    def offer(self, key: object, known: T) -> None:
-        """Keep this if the key has been offered before."""
+    def offer(self, key: object, known: T, size: int) -> None:
+        """Keep this if the key has been offered before, and if it isn't too long: `size` is its bytes and the key's."""
+        if size > LONGEST:
+            return
         met = hash(key)
         if met in self._met:
             if len(self) >= _MOST:

@@ -4,8 +4,8 @@ Deciding is synchronous and does no I/O: a request that finds a verified connect
 same step; others queue by origin, first come, first served, and are opened by whatever event makes room. Dials and
 hedges run as background tasks that report back here. No event looks at all requests or all connections.
 
-Requests that a server provably didn't process queue here for another connection (K24). Connections that
-take no new requests but still have some open are *draining*: they don't count against the limits (K22).
+Requests that a server provably didn't process queue here for another connection (K24). Connections that take no new
+requests but still have some open are *draining*: they don't count against the limits (K22).
 """
 
 from __future__ import annotations
